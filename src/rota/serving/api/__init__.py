@@ -1,0 +1,51 @@
+"""Everything a policy imports, and all it imports (beside `rota.base`)."""
+
+from rota.serving.api.decisions import Admission, OnRefusal, Pick, Pool, Refusal
+from rota.serving.api.policies import (
+    AdmissionPolicy,
+    BatchDraft,
+    BatchPolicy,
+    BatchShape,
+    Cursor,
+    DispatchPolicy,
+    MemoryPolicy,
+    OrderPolicy,
+    StepTimePredictor,
+)
+from rota.serving.api.views import ClusterView, EngineView, InstanceView, SequenceView
+from rota.serving.model.capabilities import EVERYTHING, NOTHING, Capability, EngineCapabilities
+from rota.serving.model.instance import InstanceId, InstanceLimits, Role
+from rota.serving.model.request import SLO, ProgramId, Request, RequestId, TenantId
+
+__all__ = [
+    "EVERYTHING",
+    "NOTHING",
+    "SLO",
+    "Admission",
+    "AdmissionPolicy",
+    "BatchDraft",
+    "BatchPolicy",
+    "BatchShape",
+    "Capability",
+    "ClusterView",
+    "Cursor",
+    "DispatchPolicy",
+    "EngineCapabilities",
+    "EngineView",
+    "InstanceId",
+    "InstanceLimits",
+    "InstanceView",
+    "MemoryPolicy",
+    "OnRefusal",
+    "OrderPolicy",
+    "Pick",
+    "Pool",
+    "ProgramId",
+    "Refusal",
+    "Request",
+    "RequestId",
+    "Role",
+    "SequenceView",
+    "StepTimePredictor",
+    "TenantId",
+]

@@ -1,0 +1,52 @@
+"""What policies answer with. Every choice carries a reason, so that `rota explain` can say why."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rota.serving.model.instance import InstanceId
+
+
+class Refusal(StrEnum):
+    """Why a draft did not grant what it was asked for."""
+
+    NO_BUDGET = "no_budget"
+    """The step's token budget is spent."""
+    NO_SLOT = "no_slot"
+    """As many sequences run as may."""
+    NO_MEMORY = "no_memory"
+    """The blocks cannot be had, and no victim may be taken."""
+    NOT_PENDING = "not_pending"
+    """The sequence has nothing to compute, or was preempted in this pass."""
+
+
+class OnRefusal(StrEnum):
+    """What a cursor wants after a refusal. This is part of the policy: first come, first served must stop."""
+
+    SKIP = "skip"
+    STOP = "stop"
+
+
+class Pool(StrEnum):
+    """Which sequences a cursor walks over."""
+
+    RUNNING = "running"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Which instance a request goes to, and why."""
+
+    instance_id: InstanceId
+    reason: str
+    scores: tuple[tuple[InstanceId, float], ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Whether a request may enter. `retry_after` is in seconds and set only on a refusal that may pass later."""
+
+    admitted: bool
+    reason: str
+    status: int = 503
+    retry_after_seconds: float | None = None

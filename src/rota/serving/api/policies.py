@@ -1,0 +1,161 @@
+"""The hooks: what a policy of each kind implements. A stack is one object per hook.
+
+A policy is called with views and a draft, is never suspended, and must give the same answer for the same arguments. Its
+constants are keyword parameters of its constructor with the published defaults. What it needs of an engine it declares
+in `requires`; what it lacks is refused when the stack is assembled, never approximated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from rota.base.instant import Instant
+from rota.serving.api.decisions import Admission, OnRefusal, Pick, Pool, Refusal
+from rota.serving.api.views import ClusterView, EngineView, SequenceView
+from rota.serving.model.capabilities import EngineCapabilities
+from rota.serving.model.request import Request
+
+
+class Cursor(Protocol):
+    """A walk over sequences that hears what came of each, so that it can charge inside the pass."""
+
+    def next(self) -> SequenceView | None:
+        """The next sequence to try, or None at the end. Each sequence of the pool at most once."""
+        ...
+
+    def granted(self, sequence: SequenceView, num_tokens: int) -> None:
+        """The sequence that `next` gave last got `num_tokens` tokens of this step."""
+        ...
+
+    def refused(self, sequence: SequenceView, why: Refusal) -> OnRefusal:
+        """The sequence that `next` gave last got none; say whether the walk goes on."""
+        ...
+
+
+@runtime_checkable
+class OrderPolicy(Protocol):
+    """Which waiting or running sequence is next."""
+
+    requires: EngineCapabilities
+
+    def open(self, view: EngineView, pool: Pool) -> Cursor:
+        """Start a walk over one pool of this step."""
+        ...
+
+    def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
+        """Whether `waiting`, if it cannot start otherwise, may have `running` preempted. Must never hold both ways."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """A batch policy in four facts: what an engine's own pass can be set to, so that it can be hosted there.
+
+    The pass over a shape is `rota.serving.policies.batch.passes.fill`; vLLM's own pass is the same one.
+    """
+
+    token_budget: int | None = None
+    """Tokens a step, if fewer than the engine's limit."""
+    decodes_first: bool = False
+    """Serve running decodes ahead of running prefills."""
+    admit_before_running: bool = False
+    """Serve waiting sequences and prefills first; decodes run only in steps that have neither."""
+
+
+class BatchDraft(Protocol):
+    """A step being composed. Every grant is checked against budget, slots and memory as it is written; the machine then
+    applies all of the draft or, if the policy fails, none of it."""
+
+    @property
+    def view(self) -> EngineView: ...
+    @property
+    def token_budget(self) -> int:
+        """Tokens left in this step."""
+        ...
+
+    @property
+    def num_preempted(self) -> int:
+        """Sequences preempted so far in this step because memory ran out (displacements not counted)."""
+        ...
+
+    def limit_tokens(self, token_budget: int) -> None:
+        """Lower the budget of this step, before the first grant."""
+        ...
+
+    def grant(self, sequence: SequenceView, num_tokens: int) -> int | Refusal:
+        """Give a sequence up to `num_tokens` tokens; returns how many it got, at least 1, or why none.
+
+        A running sequence that lacks blocks makes the draft ask the memory policy for victims, one by one, until it
+        fits or is a victim itself. A waiting sequence is admitted by its first grant; its prefix-cache hit comes on top
+        of the tokens granted. Its blocks never come from victims in here; see `displace`.
+        """
+        ...
+
+    def displace(self, sequence: SequenceView) -> int:
+        """Make room for a waiting sequence by preempting running ones that the order lets it displace, chosen by the
+        memory policy, one by one. All or nothing: if displacing everyone allowed would not do, nobody is. Returns how
+        many were preempted."""
+        ...
+
+
+@runtime_checkable
+class BatchPolicy(Protocol):
+    """How many tokens of whom in this step."""
+
+    requires: EngineCapabilities
+    shape: BatchShape | None
+    """The policy as a shape, or None if only free composition can express it (then no engine but ours hosts it)."""
+
+    def plan(self, draft: BatchDraft, order: OrderPolicy) -> None:
+        """Compose one step."""
+        ...
+
+
+@runtime_checkable
+class MemoryPolicy(Protocol):
+    """Whom to preempt when blocks or slots lack, and how. The one way so far is recompute."""
+
+    requires: EngineCapabilities
+
+    def victim(self, view: EngineView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
+        """The one of `candidates` (running, in order of admission) to preempt now for `needy`, or None for nobody.
+        Asked again for as long as room lacks."""
+        ...
+
+
+@runtime_checkable
+class DispatchPolicy(Protocol):
+    """Which instance a request goes to."""
+
+    requires: EngineCapabilities
+
+    def pick(self, request: Request, cluster: ClusterView) -> Pick:
+        """Choose among `cluster.instances`, which is never empty. Ties break by id, unless a stream was given."""
+        ...
+
+
+@runtime_checkable
+class AdmissionPolicy(Protocol):
+    """Whether a request may enter at all."""
+
+    requires: EngineCapabilities
+
+    def admit(self, request: Request, cluster: ClusterView, num_unfinished: int) -> Admission:
+        """Decide on arrival. `num_unfinished` counts the requests that entered and have not ended."""
+        ...
+
+
+@runtime_checkable
+class StepTimePredictor(Protocol):
+    """How long a step takes."""
+
+    def step_time(
+        self, *, prefills: Sequence[tuple[int, int]], num_decodes: int, decode_kv_tokens: int, now: Instant = Instant(0)
+    ) -> int:
+        """Nanoseconds for one step.
+
+        `prefills` lists `(new_tokens, context_tokens)` for every sequence that computes more than one token, context
+        being what is computed already. `num_decodes` sequences compute one token each, over `decode_kv_tokens` tokens of
+        context in all. Positive for any non-empty step, and never falls when work is added.
+        """
+        ...

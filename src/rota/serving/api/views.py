@@ -1,0 +1,130 @@
+"""What a policy may look at. Read-only, and never the truth about the future."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from rota.base.instant import Instant
+from rota.serving.model.instance import InstanceId, InstanceLimits, Role
+from rota.serving.model.request import Request, RequestId, TenantId
+
+
+class SequenceView(Protocol):
+    """One request's life on one instance. A step computes tokens until `num_computed_tokens` reaches `num_tokens`;
+    reaching it yields one more token. Prefill, chunks, cache hits, decode and resumption are all that one sentence."""
+
+    @property
+    def id(self) -> RequestId: ...
+    @property
+    def request(self) -> Request: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def tenant(self) -> TenantId: ...
+    @property
+    def arrived_at(self) -> Instant:
+        """Arrival at the front door; never reset, not by preemption either."""
+        ...
+
+    @property
+    def admitted_seq(self) -> int:
+        """Rises with every admission on this instance: the last admitted has the highest."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and what was generated so far."""
+        ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def num_pending_tokens(self) -> int:
+        """`num_tokens - num_computed_tokens`: 1 for a decode, more for a prefill or a resumption."""
+        ...
+
+    @property
+    def num_preemptions(self) -> int: ...
+
+
+class EngineView(Protocol):
+    """One engine at the start of a step, as a policy inside it sees it."""
+
+    @property
+    def now(self) -> Instant: ...
+    @property
+    def limits(self) -> InstanceLimits: ...
+    @property
+    def running(self) -> Sequence[SequenceView]:
+        """In order of admission."""
+        ...
+
+    @property
+    def waiting(self) -> Sequence[SequenceView]:
+        """In queue order: arrival, with the preempted at the front (last preempted first), as vLLM keeps them."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be had: free plus cached and unreferenced."""
+        ...
+
+
+class InstanceView(Protocol):
+    """One instance as the router knows it: the last report, and what was dispatched and not yet answered."""
+
+    @property
+    def id(self) -> InstanceId: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def observed_at(self) -> Instant | None:
+        """When the last report was true; None before the first."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """By the last report."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """By the last report."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int | None:
+        """By the last report; None before the first."""
+        ...
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_outstanding_requests(self) -> int:
+        """Dispatched and not yet ended: our own count, always fresh."""
+        ...
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        """Prompt tokens of outstanding requests whose first token was not seen, plus one for each that decodes."""
+        ...
+
+    def num_prefix_blocks(self, request: Request) -> int:
+        """Leading blocks of the request that were sent to this instance before and are thought to be cached there."""
+        ...
+
+
+class ClusterView(Protocol):
+    """The instances that may take a request now, ordered by id."""
+
+    @property
+    def now(self) -> Instant: ...
+    @property
+    def instances(self) -> Sequence[InstanceView]: ...
+    def __iter__(self) -> Iterator[InstanceView]: ...
+
+
+
