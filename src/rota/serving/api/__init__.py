@@ -12,7 +12,7 @@ from rota.serving.api.policies import (
     OrderPolicy,
     StepTimePredictor,
 )
-from rota.serving.api.views import ClusterView, EngineView, InstanceView, SequenceView
+from rota.serving.api.views import ClusterView, EngineView, InstanceView, SequenceView, WaitingView
 from rota.serving.model.capabilities import EVERYTHING, NOTHING, Capability, EngineCapabilities
 from rota.serving.model.instance import InstanceId, InstanceLimits, Role
 from rota.serving.model.request import SLO, ProgramId, Request, RequestId, TenantId
@@ -35,6 +35,7 @@ __all__ = [
     "InstanceId",
     "InstanceLimits",
     "InstanceView",
+    "WaitingView",
     "MemoryPolicy",
     "OnRefusal",
     "OrderPolicy",

@@ -7,7 +7,7 @@ in `requires`; what it lacks is refused when the stack is assembled, never appro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from rota.base.instant import Instant
 from rota.serving.api.decisions import Admission, OnRefusal, Pick, Pool, Refusal
@@ -17,18 +17,21 @@ from rota.serving.model.request import Request
 
 
 class Cursor(Protocol):
-    """A walk over sequences that hears what came of each, so that it can charge inside the pass."""
+    """A walk over sequences that hears what came of each, so that it can charge inside the pass.
+
+    A sequence that `next` gave and of which nothing is heard was passed over.
+    """
 
     def next(self) -> SequenceView | None:
         """The next sequence to try, or None at the end. Each sequence of the pool at most once."""
         ...
 
     def granted(self, sequence: SequenceView, num_tokens: int) -> None:
-        """The sequence that `next` gave last got `num_tokens` tokens of this step."""
+        """A sequence that `next` gave got `num_tokens` tokens of this step."""
         ...
 
     def refused(self, sequence: SequenceView, why: Refusal) -> OnRefusal:
-        """The sequence that `next` gave last got none; say whether the walk goes on."""
+        """A sequence that `next` gave got none; say whether the walk goes on."""
         ...
 
 
@@ -37,13 +40,18 @@ class OrderPolicy(Protocol):
     """Which waiting or running sequence is next."""
 
     requires: EngineCapabilities
+    running_order: Literal["admission", "own"]
+    """Whether running sequences are walked in order of admission, or in an order of the policy's own."""
+    displacing: bool
+    """Whether `displaces` can ever be true; if not, no step looks for sequences to displace."""
 
     def open(self, view: EngineView, pool: Pool) -> Cursor:
         """Start a walk over one pool of this step."""
         ...
 
     def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
-        """Whether `waiting`, if it cannot start otherwise, may have `running` preempted. Must never hold both ways."""
+        """Whether `waiting`, if it cannot start otherwise, may have `running` preempted. Must never hold between equals,
+        nor both ways, and must hold for all that rank behind a sequence for which it holds."""
         ...
 
 
@@ -82,19 +90,24 @@ class BatchDraft(Protocol):
         """Lower the budget of this step, before the first grant."""
         ...
 
+    def line_up(self, running: Sequence[SequenceView]) -> None:
+        """Say in which order this step serves the running sequences. The memory policy takes its victims from this line;
+        without a call it is the order of admission."""
+        ...
+
+    def displace(self, order: OrderPolicy) -> int:
+        """Make room for waiting sequences by preempting running ones that `order` lets them displace, chosen by the
+        memory policy one by one. For each waiting sequence all or nothing: if displacing everyone allowed would not let
+        it start, nobody goes. Call before the first grant. Returns how many were preempted."""
+        ...
+
     def grant(self, sequence: SequenceView, num_tokens: int) -> int | Refusal:
         """Give a sequence up to `num_tokens` tokens; returns how many it got, at least 1, or why none.
 
         A running sequence that lacks blocks makes the draft ask the memory policy for victims, one by one, until it
-        fits or is a victim itself. A waiting sequence is admitted by its first grant; its prefix-cache hit comes on top
-        of the tokens granted. Its blocks never come from victims in here; see `displace`.
+        fits or is a victim itself. A waiting sequence is admitted by its first grant; tokens found in the prefix cache
+        come on top. It never makes victims; see `displace`.
         """
-        ...
-
-    def displace(self, sequence: SequenceView) -> int:
-        """Make room for a waiting sequence by preempting running ones that the order lets it displace, chosen by the
-        memory policy, one by one. All or nothing: if displacing everyone allowed would not do, nobody is. Returns how
-        many were preempted."""
         ...
 
 
@@ -113,13 +126,16 @@ class BatchPolicy(Protocol):
 
 @runtime_checkable
 class MemoryPolicy(Protocol):
-    """Whom to preempt when blocks or slots lack, and how. The one way so far is recompute."""
+    """Whom to preempt when blocks or slots lack. The one way so far is to recompute."""
 
     requires: EngineCapabilities
+    victim_order: Literal["line", "admission"]
+    """Whether victims come from the end of the line that the step serves, or from the end of the order of admission.
+    vLLM always takes the end of the line, so there the two must agree."""
 
     def victim(self, view: EngineView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
-        """The one of `candidates` (running, in order of admission) to preempt now for `needy`, or None for nobody.
-        Asked again for as long as room lacks."""
+        """The one of `candidates` to preempt now for `needy`, or None for nobody. Candidates are running, in the order
+        in which the step serves them, and may include `needy` itself. Asked again for as long as room lacks."""
         ...
 
 

@@ -31,6 +31,11 @@ class SequenceView(Protocol):
         ...
 
     @property
+    def queue_position(self) -> int:
+        """Orders the waiting sequences of all classes: lower stands nearer the front."""
+        ...
+
+    @property
     def num_tokens(self) -> int:
         """Known tokens: prompt and what was generated so far."""
         ...
@@ -50,6 +55,21 @@ class SequenceView(Protocol):
     def num_preemptions(self) -> int: ...
 
 
+class WaitingView(Protocol):
+    """The waiting sequences in queue order: by arrival, with the preempted at the front (last preempted first), as vLLM
+    keeps them. Also by class, so that an order by class need not sort a long queue in every step."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[SequenceView]: ...
+    def priorities(self) -> Sequence[int]:
+        """The classes that have anyone waiting, lowest number first."""
+        ...
+
+    def of_priority(self, priority: int) -> Iterator[SequenceView]:
+        """The waiting sequences of one class, in queue order."""
+        ...
+
+
 class EngineView(Protocol):
     """One engine at the start of a step, as a policy inside it sees it."""
 
@@ -63,9 +83,7 @@ class EngineView(Protocol):
         ...
 
     @property
-    def waiting(self) -> Sequence[SequenceView]:
-        """In queue order: arrival, with the preempted at the front (last preempted first), as vLLM keeps them."""
-        ...
+    def waiting(self) -> WaitingView: ...
 
     @property
     def num_free_blocks(self) -> int:

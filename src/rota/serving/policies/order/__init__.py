@@ -1,0 +1,12 @@
+"""Order policies, by name."""
+
+from rota.base.registry import Registry
+
+ORDER: Registry = Registry(
+    "order",
+    {
+        "fcfs": "rota.serving.policies.order.fcfs:Fcfs",
+        "strict_priority": "rota.serving.policies.order.strict_priority:StrictPriority",
+    },
+    entry_point_group="rota.order",
+)

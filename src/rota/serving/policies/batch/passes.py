@@ -1,0 +1,87 @@
+"""The one pass that every batch shape runs: vLLM's own pass, with its knobs."""
+
+from rota.serving.api import BatchDraft, BatchShape, Cursor, OnRefusal, OrderPolicy, Pool, Refusal, SequenceView
+
+
+def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
+    """Compose a step as `shape` says.
+
+    vLLM 0.32's rule (`Scheduler.schedule`): running sequences first, each as far as the budget goes; whoever lacks blocks
+    takes them from the end of the line; then waiting ones, but only in a step that had to preempt nobody.
+    """
+    if shape.token_budget is not None:
+        draft.limit_tokens(shape.token_budget)
+    if order.displacing:
+        draft.displace(order)
+    cursor = order.open(draft.view, Pool.RUNNING)
+    if not shape.decodes_first and not shape.admit_before_running and order.running_order == "admission":
+        _grant_running(draft, cursor)
+        _admit(draft, order)
+        return
+    line = _drain(cursor)
+    prefills = [sequence for sequence in line if sequence.num_pending_tokens > 1]
+    decodes = [sequence for sequence in line if sequence.num_pending_tokens <= 1]
+    if shape.admit_before_running:
+        draft.line_up(prefills + decodes)
+        granted = _grant_each(draft, cursor, prefills)
+        granted += _admit(draft, order)
+        if granted == 0:
+            _grant_each(draft, cursor, decodes)
+        return
+    if shape.decodes_first:
+        line = decodes + prefills
+    draft.line_up(line)
+    _grant_each(draft, cursor, line)
+    _admit(draft, order)
+
+
+def _drain(cursor: Cursor) -> list[SequenceView]:
+    sequences = []
+    while (sequence := cursor.next()) is not None:
+        sequences.append(sequence)
+    return sequences
+
+
+def _grant_running(draft: BatchDraft, cursor: Cursor) -> None:
+    """Grant along the cursor, without a list in between: the hot path of a step that only decodes."""
+    grant, take, granted = draft.grant, cursor.next, cursor.granted
+    while (sequence := take()) is not None:
+        result = grant(sequence, sequence.num_pending_tokens)
+        if result.__class__ is int:
+            granted(sequence, result)
+        elif _stops(cursor, sequence, result):
+            return
+
+
+def _grant_each(draft: BatchDraft, cursor: Cursor, sequences: list[SequenceView]) -> int:
+    num_granted = 0
+    for sequence in sequences:
+        result = draft.grant(sequence, sequence.num_pending_tokens)
+        if isinstance(result, Refusal):
+            if _stops(cursor, sequence, result):
+                break
+        else:
+            cursor.granted(sequence, result)
+            num_granted += 1
+    return num_granted
+
+
+def _stops(cursor: Cursor, sequence: SequenceView, why: Refusal) -> bool:
+    # A victim of this very pass is not a refusal that the order has a say in.
+    return why is not Refusal.NOT_PENDING and cursor.refused(sequence, why) is OnRefusal.STOP
+
+
+def _admit(draft: BatchDraft, order: OrderPolicy) -> int:
+    if draft.num_preempted or not draft.token_budget or not len(draft.view.waiting):
+        return 0
+    num_granted = 0
+    cursor = order.open(draft.view, Pool.WAITING)
+    while draft.token_budget > 0 and (sequence := cursor.next()) is not None:
+        result = draft.grant(sequence, sequence.num_pending_tokens)
+        if isinstance(result, Refusal):
+            if cursor.refused(sequence, result) is OnRefusal.STOP:
+                break
+        else:
+            cursor.granted(sequence, result)
+            num_granted += 1
+    return num_granted
