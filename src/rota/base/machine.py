@@ -1,8 +1,8 @@
 """The shape of everything that decides: facts in, commands out, nothing else.
 
-A machine never awaits, sleeps, reads a clock, draws an unseeded number, logs or opens a socket. A driver (the simulation
-loop or the live loop, in `rota.runtime`) stamps each event with `now`, writes the row to the journal, carries the
-commands out, and reports what came of each as a later event.
+A machine never awaits, sleeps, reads a clock, draws an unseeded number, logs or opens a socket. A driver (the
+simulation loop or the live loop, in `rota.runtime`) stamps each event with `now`, writes the row to the journal,
+carries the commands out, and reports what came of each as a later event.
 """
 
 from collections.abc import Sequence
