@@ -1,5 +1,7 @@
 """Orders that machines give, in the imperative. Each ends in one outcome event."""
 
+from typing import NamedTuple
+
 import msgspec
 
 from rota.base.instant import Duration
@@ -9,7 +11,7 @@ from rota.serving.model.request import RequestId
 # --- from an instance --------------------------------------------------------------------------------------------------
 
 
-class Grant(msgspec.Struct, frozen=True, array_like=True):
+class Grant(NamedTuple):
     """Tokens of one sequence in a step."""
 
     request_id: RequestId

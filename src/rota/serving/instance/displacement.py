@@ -1,0 +1,66 @@
+"""Which running sequences make way for waiting ones that outrank them. Pure: the same function serves every host."""
+
+from collections.abc import Callable
+
+from rota.serving.api import EngineView, MemoryPolicy, OrderPolicy, Pool, SequenceView
+
+
+def choose_displaced(
+    view: EngineView,
+    order: OrderPolicy,
+    memory: MemoryPolicy,
+    *,
+    token_budget: int,
+    num_blocks_to_take: Callable[[SequenceView], int],
+    num_blocks_freed: Callable[[SequenceView], int],
+) -> list[SequenceView]:
+    """The running sequences to preempt before this step, in that order; empty where none needs to go.
+
+    Walks the waiting sequences in order, for as long as they outrank somebody. One that can start with what is left is
+    passed over. For one that cannot (no slot, no blocks, or running sequences would take the whole `token_budget`), the
+    memory policy names victims among those it may displace until it can; if all of them together would not do, nobody
+    goes and the walk ends.
+
+    `num_blocks_to_take(w)` says how many blocks admitting `w` with all its known tokens takes, and `num_blocks_freed(r)`
+    how many preempting `r` gives back. The blocks that running sequences grow into in this step are set aside first.
+    Cost: O(waiting that outrank × running).
+    """
+    limits = view.limits
+    block_size = limits.block_size
+    running = list(view.running)
+    if not running or not len(view.waiting):
+        return []
+    num_slots = limits.max_num_seqs - len(running)
+    num_tokens = token_budget - sum(min(sequence.num_pending_tokens, token_budget) for sequence in running)
+    num_blocks = view.num_free_blocks - sum(_growth(sequence, token_budget, block_size) for sequence in running)
+    victims: list[SequenceView] = []
+    cursor = order.open(view, Pool.WAITING)
+    while (waiting := cursor.next()) is not None:
+        candidates = [sequence for sequence in running if order.displaces(view, waiting, sequence)]
+        if not candidates:
+            break
+        need = num_blocks_to_take(waiting) + limits.watermark_blocks
+        chosen: list[SequenceView] = []
+        while num_slots < 1 or num_blocks < need or num_tokens < 1:
+            victim = memory.victim(view, candidates, waiting) if candidates else None
+            if victim is None:
+                return victims
+            candidates.remove(victim)
+            chosen.append(victim)
+            num_slots += 1
+            num_tokens += min(victim.num_pending_tokens, token_budget)
+            num_blocks += num_blocks_freed(victim) + _growth(victim, token_budget, block_size)
+        victims += chosen
+        for victim in chosen:
+            running.remove(victim)
+        num_slots -= 1
+        num_blocks -= need
+        num_tokens -= min(waiting.num_pending_tokens, num_tokens)
+    return victims
+
+
+def _growth(sequence: SequenceView, num_tokens: int, block_size: int) -> int:
+    """Blocks that a running sequence takes to compute its pending tokens, as far as a budget of `num_tokens` goes."""
+    computed = sequence.num_computed_tokens
+    end = computed + min(sequence.num_pending_tokens, num_tokens)
+    return -(-end // block_size) - -(-computed // block_size)

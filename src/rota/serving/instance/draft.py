@@ -1,0 +1,163 @@
+"""A step being composed: every grant is checked as it is written, and the whole can be taken back."""
+
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+from rota.base.errors import PolicyError
+from rota.serving.api import MemoryPolicy, OrderPolicy, Refusal, SequenceView
+from rota.serving.instance.displacement import choose_displaced
+from rota.serving.instance.ledger import BlockLedger
+from rota.serving.instance.sequence import Sequence
+
+if TYPE_CHECKING:
+    from rota.serving.instance.machine import InstanceMachine
+
+
+class StepDraft:
+    """The `BatchDraft` of the instance machine.
+
+    Blocks are taken from the ledger at once, under its undo log; running and waiting lists change only when the machine
+    applies the draft, except by `displace`, which happens before the pass and puts its victims back into the queue.
+    """
+
+    def __init__(self, machine: "InstanceMachine", ledger: BlockLedger, memory: MemoryPolicy) -> None:
+        self.view = machine
+        limits = machine.limits
+        self._ledger = ledger
+        self._memory = memory
+        self._block_size = limits.block_size
+        self.token_budget = limits.max_num_batched_tokens
+        self.num_preempted = 0
+        self.grants: list[Sequence] = []
+        """In batch order; each carries its `granted` tokens."""
+        self.admitted: list[Sequence] = []
+        self.preempted: list[Sequence] = []
+        """In the order in which it happened, displaced ones first."""
+        self._line: SequenceOf[SequenceView] = machine.running
+        eligible = len(machine.running) + len(machine.waiting)
+        self._chunk_max = limits.long_prefill_token_threshold if eligible > 1 else 0
+
+    def limit_tokens(self, token_budget: int) -> None:
+        if self.grants:
+            raise PolicyError("the token budget of a step was changed after its first grant")
+        self.token_budget = min(self.token_budget, token_budget)
+
+    def line_up(self, running: SequenceOf[SequenceView]) -> None:
+        self._line = running
+
+    def displace(self, order: OrderPolicy) -> int:
+        if self.grants:
+            raise PolicyError("displacing must come before the first grant of a step")
+        ledger = self._ledger
+        victims = choose_displaced(
+            self.view,
+            order,
+            self._memory,
+            token_budget=self.token_budget,
+            num_blocks_to_take=lambda waiting: ledger.num_to_take(
+                _own(waiting), ledger.lookup(_own(waiting), waiting.num_tokens), waiting.num_tokens
+            ),
+            num_blocks_freed=lambda running: ledger.num_freed_by(_own(running)),
+        )
+        for victim in victims:
+            sequence = _own(victim)
+            ledger.release(sequence, sequence.num_computed_tokens, will_return=True)
+            self.preempted.append(sequence)
+            self.view.step_back(sequence)
+        if victims:
+            self._line = self.view.running
+        return len(victims)
+
+    def grant(self, sequence: SequenceView, num_tokens: int) -> int | Refusal:
+        own = sequence
+        if own.__class__ is not Sequence:
+            raise PolicyError(f"a grant was asked for {sequence!r}, which is not a sequence of this step")
+        if num_tokens < 1:
+            raise PolicyError(f"a grant of {num_tokens} tokens was asked for {own.id}")
+        if own.granted:
+            raise PolicyError(f"{own.id} was granted tokens twice in one step")
+        if own.state == "running":
+            return self._grant_running(own, num_tokens)
+        return self._grant_waiting(own, num_tokens)
+
+    def _grant_running(self, sequence: Sequence, num_tokens: int) -> int | Refusal:
+        computed = sequence.num_computed_tokens
+        pending = sequence.num_tokens - computed
+        if pending <= 0 or (self.num_preempted and sequence in self.preempted):
+            return Refusal.NOT_PENDING
+        if num_tokens > pending:
+            num_tokens = pending
+        if num_tokens > self.token_budget:
+            num_tokens = self.token_budget
+            if num_tokens <= 0:
+                return Refusal.NO_BUDGET
+        if 0 < self._chunk_max < num_tokens:
+            num_tokens = self._chunk_max
+        total = computed + num_tokens
+        if total > sequence.num_blocks * self._block_size:
+            ledger = self._ledger
+            num_new = -(-total // self._block_size) - sequence.num_blocks
+            while num_new > ledger.num_free + ledger.num_cached:
+                if not self._preempt_for(sequence) or sequence in self.preempted:
+                    return Refusal.NO_MEMORY
+            ledger.extend(sequence, total)
+        if len(sequence.shared) < len(sequence.block_hashes):
+            self._ledger.publish(sequence, total)
+        sequence.granted = num_tokens
+        self.grants.append(sequence)
+        self.token_budget -= num_tokens
+        return num_tokens
+
+    def _preempt_for(self, needy: Sequence) -> bool:
+        """Preempt one running sequence, the needy one perhaps. False if the memory policy names nobody."""
+        candidates = [sequence for sequence in self._line if sequence not in self.preempted]
+        victim = self._memory.victim(self.view, candidates, needy)
+        if victim is None:
+            return False
+        if victim not in candidates:
+            raise PolicyError(f"the memory policy chose {victim!r}, which is not among its candidates")
+        sequence = _own(victim)
+        if sequence.granted:
+            self.token_budget += sequence.granted
+            sequence.granted = 0
+            self.grants.remove(sequence)
+            self._ledger.retract(sequence, sequence.num_computed_tokens)
+        self._ledger.release(sequence, sequence.num_computed_tokens, will_return=True)
+        self.preempted.append(sequence)
+        self.num_preempted += 1
+        return True
+
+    def _grant_waiting(self, sequence: Sequence, num_tokens: int) -> int | Refusal:
+        if self.token_budget <= 0:
+            return Refusal.NO_BUDGET
+        view = self.view
+        limits = view.limits
+        num_running = len(view.running) - self.num_preempted + len(self.admitted)
+        if num_running >= limits.max_num_seqs:
+            return Refusal.NO_SLOT
+        if self.num_preempted and sequence in self.preempted:
+            return Refusal.NOT_PENDING
+        ledger = self._ledger
+        hit = ledger.lookup(sequence, sequence.num_tokens)
+        cached = hit.num_blocks * self._block_size
+        num_tokens = min(num_tokens, sequence.num_tokens - cached, self.token_budget)
+        if 0 < self._chunk_max < num_tokens:
+            num_tokens = self._chunk_max
+        must_fit = sequence.num_tokens if limits.reserve_full_prompt else cached + num_tokens
+        headroom = limits.watermark_blocks if num_running else 0
+        if ledger.num_to_take(sequence, hit, must_fit) + headroom > ledger.num_available:
+            return Refusal.NO_MEMORY
+        ledger.admit(sequence, hit, cached + num_tokens)
+        ledger.publish(sequence, cached + num_tokens)
+        sequence.num_computed_tokens = cached
+        sequence.granted = num_tokens
+        self.grants.append(sequence)
+        self.admitted.append(sequence)
+        self.token_budget -= num_tokens
+        return num_tokens
+
+
+def _own(view: SequenceView) -> Sequence:
+    if not isinstance(view, Sequence):
+        raise PolicyError(f"{view!r} is not a sequence of this instance")
+    return view

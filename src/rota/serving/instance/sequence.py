@@ -1,0 +1,77 @@
+"""One request's life on one instance."""
+
+from rota.base.instant import Instant
+from rota.base.table import TransitionTable
+from rota.serving.instance.ledger import Holding
+from rota.serving.model.request import Request, RequestId
+
+SEQUENCE = TransitionTable(
+    "sequence",
+    {
+        "waiting": {"admitted": "running", "aborted": "aborted"},
+        "running": {"preempted": "preempted", "finished": "finished", "aborted": "aborted"},
+        "preempted": {"admitted": "running", "aborted": "aborted"},
+        "finished": {},
+        "aborted": {},
+    },
+    initial="waiting",
+    final={"finished", "aborted"},
+)
+
+
+class Sequence(Holding):
+    """The state behind `SequenceView`. Only the instance machine and its draft write it."""
+
+    __slots__ = (
+        "admitted_seq",
+        "arrived_at",
+        "granted",
+        "id",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_tokens",
+        "priority",
+        "queue_position",
+        "request",
+        "state",
+        "tenant",
+    )
+
+    def __init__(self, request: Request, queue_position: int) -> None:
+        super().__init__(request.id, request.block_hashes)
+        self.id: RequestId = request.id
+        self.request = request
+        self.priority = request.priority
+        self.tenant = request.tenant
+        self.arrived_at: Instant = request.arrived_at
+        self.num_prompt_tokens = request.num_prompt_tokens
+        self.num_tokens = request.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        """Of the computed tokens, those found in the prefix cache at the first admission."""
+        self.num_preemptions = 0
+        self.admitted_seq = -1
+        self.queue_position = queue_position
+        self.granted = 0
+        """Tokens granted by the draft under way."""
+        self.state: str = SEQUENCE.initial
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    def move(self, event: str) -> None:
+        """Follow the table; an illegal move raises `IllegalMove`."""
+        self.state = SEQUENCE.move(self.state, event)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.id} {self.state} computed={self.num_computed_tokens}/{self.num_tokens} "
+            f"blocks={self.num_blocks} priority={self.priority})"
+        )
