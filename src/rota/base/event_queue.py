@@ -44,15 +44,13 @@ class EventQueue(Generic[Item]):
         heappush(self._heap, (at, rank, handle))
         return handle
 
-    def cancel(self, handle: int) -> bool:
-        """Take an item back. False if it came out already or was cancelled before."""
-        if handle not in self._items:
-            return False
-        del self._items[handle]
+    def cancel(self, handle: int) -> Item | None:
+        """Take an item back and return it; None if it came out already or was cancelled before."""
+        item = self._items.pop(handle, None)
         if len(self._heap) > 2 * len(self._items) + _MIN_DEAD_TO_COMPACT:
             self._heap = [key for key in self._heap if key[2] in self._items]
             heapify(self._heap)
-        return True
+        return item
 
     def pop(self) -> tuple[Instant, Item]:
         """Take the next item out, with its instant, which becomes the present. Raises `IndexError` when empty."""
