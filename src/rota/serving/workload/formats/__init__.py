@@ -1,0 +1,78 @@
+"""Trace formats: one file each, found by what a file holds and never by its name.
+
+A format is an object with `recognises`, `read` and, where it can hold any arrival, `write`. To add one: a file here, a
+line in `FORMATS`, and a test that calls `rota.testing.formats.check_format`.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from rota.base.errors import DataError
+from rota.base.random_streams import RandomStreams
+from rota.base.registry import Registry
+from rota.serving.workload.arrivals import Arrival
+
+
+class TraceReader(Protocol):
+    """What reads one format."""
+
+    name: str
+    first_line: str
+    """What a file of this format begins with, for people."""
+
+    def recognises(self, head: str) -> bool:
+        """Whether a file that begins with the text `head` (64 KiB at most) is meant to be of this format, even if it
+        then turns out to be a broken one."""
+        ...
+
+    def read(self, path: Path, streams: RandomStreams) -> Iterator[Arrival]:
+        """Yield arrivals one by one, in order of time. Raises `DataError` naming file, line and column at the first row
+        that is not right. `streams` serves formats that describe a workload rather than list it."""
+        ...
+
+
+class TraceWriter(Protocol):
+    """What writes one format."""
+
+    def write(self, path: Path, arrivals: Iterable[Arrival]) -> int:
+        """Write arrivals, creating or replacing the file; returns how many. Raises `DataError` for one that the format
+        cannot hold, rather than lose a part of it."""
+        ...
+
+
+FORMATS = Registry(
+    "format",
+    {
+        "azure": "rota.serving.workload.formats.azure:AzureFormat",
+        "mooncake": "rota.serving.workload.formats.mooncake:MooncakeFormat",
+        "synthetic": "rota.serving.workload.formats.synthetic:SyntheticFormat",
+    },
+    entry_point_group="rota.formats",
+)
+
+_HEAD_BYTES = 64 * 1024
+
+
+def recognise(path: Path) -> TraceReader:
+    """Which format a file is of, by its beginning. Raises `DataError` if it cannot be read or none claims it."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not raw.strip():
+        raise DataError(f"{path}:1:1: the file is empty")
+    head = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+    readers: list[TraceReader] = [FORMATS.create(name) for name in FORMATS.names()]
+    for reader in readers:
+        if reader.recognises(head):
+            return reader
+    known = "; ".join(f"{reader.name} begins with {reader.first_line}" for reader in readers)
+    raise DataError(f"{path}:1:1: not a trace of a known format", hint=known)
+
+
+def read_trace(path: Path, streams: RandomStreams, *, format_name: str | None = None) -> Iterator[Arrival]:
+    """Read a trace of a format that is named, or else recognised."""
+    reader: TraceReader = recognise(path) if format_name is None else FORMATS.create(format_name)
+    return reader.read(path, streams)

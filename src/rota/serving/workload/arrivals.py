@@ -1,0 +1,97 @@
+"""One request of a trace, and the one place where what it will really do is parted from what a client declares."""
+
+from itertools import chain
+from typing import Literal
+
+import msgspec
+
+from rota.base.errors import ConfigError
+from rota.base.instant import Duration, Instant
+from rota.serving.model.request import DEFAULT_TENANT, SLO, Request, RequestId, TenantId
+
+NO_SLO = SLO()
+
+MAX_TOKENS = 2**31 - 1
+"""Largest token count that a trace may state."""
+
+DEFAULT_MAX_TOKENS = 4096
+"""What a client of an unknown kind is taken to declare: a round cap far above any output of the public traces (2,000 at
+most), so that it tells a policy nothing."""
+
+
+class Arrival(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One row of a trace: when a request comes, how long its prompt is, and how long its answer will truly be.
+
+    The last is the oracle. Only the world that plays the engine may read it; `to_request` builds what all others see.
+    """
+
+    at: Duration
+    """Since the start of the trace."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """The truth, at least 1."""
+    prefix_hashes: tuple[int, ...] = ()
+    """Chained ids of the prompt's leading blocks of `hash_block_tokens` tokens; the last may cover a partial block.
+    May cover less than the prompt: the rest is shared with nobody."""
+    hash_block_tokens: int = 512
+    session: str | None = None
+    tenant: TenantId = DEFAULT_TENANT
+    priority: int = 0
+
+
+def block_hashes(arrival: Arrival, block_size: int) -> tuple[int, ...]:
+    """The ids of the prompt's full blocks of `block_size` tokens, as `Request.block_hashes` wants them.
+
+    Every trace block `h` holds `hash_block_tokens / block_size` engine blocks, named `h * that + i`. A block is shared
+    only when it is full, so a partial last block has no id. Built on each call: all of a trace's ids at once would be
+    millions of objects, those of the requests in flight are few.
+    """
+    if not arrival.prefix_hashes:
+        return ()
+    ratio, rest = divmod(arrival.hash_block_tokens, block_size)
+    if rest or ratio == 0:
+        raise ConfigError(
+            f"block_size {block_size} does not divide the trace's prefix blocks of {arrival.hash_block_tokens} tokens",
+            hint=f"use a block size that divides {arrival.hash_block_tokens}, such as 16",
+        )
+    num_full = min(arrival.num_prompt_tokens // block_size, len(arrival.prefix_hashes) * ratio)
+    last = -(-num_full // ratio)
+    spread = chain.from_iterable(range(h * ratio, h * ratio + ratio) for h in arrival.prefix_hashes[:last])
+    return tuple(spread)[:num_full]
+
+
+Declare = Literal["cap", "exact"]
+
+
+def to_request(
+    arrival: Arrival,
+    request_id: str,
+    origin: Instant,
+    *,
+    max_model_len: int,
+    block_size: int | None = 16,
+    declare: Declare = "cap",
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    slo: SLO = NO_SLO,
+) -> tuple[Request, int]:
+    """The pair that a world needs: the request that schedulers may see, and the output length that only it may know.
+
+    `max_tokens` of the request is what a client would declare: the room left in the model's context, at most the cap
+    `max_tokens`. It is never derived from the truth, unless `declare` is "exact", which hands every policy an oracle
+    and must be reported as such. The truth is clipped to what was declared, as an engine would stop there. A prompt
+    that leaves no room still declares 1: refusing it is the instance's business. `block_size` None leaves prefixes out.
+    """
+    declared = arrival.num_output_tokens if declare == "exact" else max_tokens
+    declared = max(1, min(declared, max_model_len - arrival.num_prompt_tokens))
+    request = Request(
+        id=RequestId(request_id),
+        arrived_at=Instant(origin + arrival.at),
+        num_prompt_tokens=arrival.num_prompt_tokens,
+        max_tokens=declared,
+        priority=arrival.priority,
+        tenant=arrival.tenant,
+        session=arrival.session,
+        slo=slo,
+        block_hashes=() if block_size is None else block_hashes(arrival, block_size),
+    )
+    return request, min(arrival.num_output_tokens, declared)
