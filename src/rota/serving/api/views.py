@@ -121,6 +121,11 @@ class InstanceView(Protocol):
     @property
     def num_blocks(self) -> int: ...
     @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        ...
+
+    @property
     def num_outstanding_requests(self) -> int:
         """Dispatched and not yet ended: our own count, always fresh."""
         ...

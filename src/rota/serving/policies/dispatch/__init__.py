@@ -1,0 +1,17 @@
+"""Dispatch policies, by name.
+
+A policy that draws chance names a parameter `stream` in its constructor; whoever assembles the stack gives it one.
+"""
+
+from rota.base.registry import Registry
+
+DISPATCH: Registry = Registry(
+    "dispatch policy",
+    {
+        "least_outstanding_tokens": "rota.serving.policies.dispatch.least_outstanding_tokens:LeastOutstandingTokens",
+        "power_of_two": "rota.serving.policies.dispatch.power_of_two:PowerOfTwo",
+        "prefix_then_load": "rota.serving.policies.dispatch.prefix_then_load:PrefixThenLoad",
+        "round_robin": "rota.serving.policies.dispatch.round_robin:RoundRobin",
+    },
+    entry_point_group="rota.dispatch",
+)

@@ -1,0 +1,174 @@
+"""What the router knows of each instance: its own count of what is outstanding there, and the last report.
+
+Own accounting is exact at every dispatch; a report is late by design. Policies see both, through `InstanceReading`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from rota.base.errors import LawBroken
+from rota.base.instant import Instant
+from rota.serving.api import InstanceView
+from rota.serving.cluster.lifecycles import INSTANCE_LIFECYCLE, InstanceState
+from rota.serving.cluster.prefix_index import PrefixIndex
+from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec, Role
+from rota.serving.model.request import Request, RequestId
+
+
+class InstanceLedger:
+    """One instance's state, outstanding work and last report. Written by the cluster machine alone."""
+
+    __slots__ = (
+        "_num_tokens_of",
+        "id",
+        "max_prompt_tokens",
+        "num_outstanding_tokens",
+        "report",
+        "restarted_at",
+        "spec",
+        "state",
+        "view",
+    )
+
+    def __init__(self, instance_id: InstanceId, spec: InstanceSpec, prefix_index: PrefixIndex | None) -> None:
+        self.id = instance_id
+        self.state = str(INSTANCE_LIFECYCLE.initial)
+        self.spec = spec
+        self.max_prompt_tokens = max_prompt_tokens(spec)
+        self.report: InstanceReport | None = None
+        self.restarted_at: Instant | None = None
+        self.num_outstanding_tokens = 0
+        self._num_tokens_of: dict[RequestId, int] = {}
+        self.view = InstanceReading(self, prefix_index)
+
+    @property
+    def num_outstanding_requests(self) -> int:
+        return len(self._num_tokens_of)
+
+    @property
+    def outstanding(self) -> Iterator[RequestId]:
+        """Dispatched here and not yet ended, oldest first."""
+        return iter(self._num_tokens_of)
+
+    def move(self, event: str) -> None:
+        """Take one step of the lifecycle."""
+        self.state = INSTANCE_LIFECYCLE.move(self.state, event)
+
+    def start(self, spec: InstanceSpec, now: Instant) -> None:
+        """The instance is ready. If it was before, it came back with new limits and what was said of it is void."""
+        if self.state != InstanceState.STARTING:
+            self.restarted_at = now
+        self.move("started")
+        self.spec = spec
+        self.max_prompt_tokens = max_prompt_tokens(spec)
+        self.report = None
+
+    def debit(self, request: Request) -> None:
+        """The request was dispatched here: its whole prompt is outstanding."""
+        self._num_tokens_of[request.id] = request.num_prompt_tokens
+        self.num_outstanding_tokens += request.num_prompt_tokens
+
+    def first_token(self, request_id: RequestId) -> None:
+        """The prompt is computed: what is left of it is one token a step."""
+        self.num_outstanding_tokens += 1 - self._num_tokens_of[request_id]
+        self._num_tokens_of[request_id] = 1
+
+    def credit(self, request_id: RequestId) -> None:
+        """The request ended here, however it did."""
+        self.num_outstanding_tokens -= self._num_tokens_of.pop(request_id)
+
+    def take_report(self, report: InstanceReport) -> None:
+        """Keep a report if it is news: taken after the last one kept, and after the last restart."""
+        if self.restarted_at is not None and report.observed_at < self.restarted_at:
+            return
+        if self.report is None or report.observed_at > self.report.observed_at:
+            self.report = report
+
+    def check(self) -> None:
+        """Law 1: what is counted outstanding is what is outstanding."""
+        recount = sum(self._num_tokens_of.values())
+        if recount != self.num_outstanding_tokens:
+            raise LawBroken(
+                f"law 1: instance {self.id} counts {self.num_outstanding_tokens} outstanding tokens, "
+                f"its requests {recount}"
+            )
+
+
+class InstanceReading:
+    """The `InstanceView` of one ledger. One object for the life of the instance, always current, never written to."""
+
+    __slots__ = ("_ledger", "_prefix_index", "id")
+
+    def __init__(self, ledger: InstanceLedger, prefix_index: PrefixIndex | None) -> None:
+        self.id: InstanceId = ledger.id
+        self._ledger = ledger
+        self._prefix_index = prefix_index
+
+    @property
+    def role(self) -> Role:
+        return self._ledger.spec.role
+
+    @property
+    def observed_at(self) -> Instant | None:
+        report = self._ledger.report
+        return None if report is None else report.observed_at
+
+    @property
+    def num_running(self) -> int:
+        report = self._ledger.report
+        return 0 if report is None else report.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        report = self._ledger.report
+        return 0 if report is None else report.num_waiting
+
+    @property
+    def num_free_blocks(self) -> int | None:
+        report = self._ledger.report
+        return None if report is None else report.num_free_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        return self._ledger.spec.limits.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self._ledger.spec.limits.block_size
+
+    @property
+    def num_outstanding_requests(self) -> int:
+        return self._ledger.num_outstanding_requests
+
+    @property
+    def num_outstanding_tokens(self) -> int:
+        return self._ledger.num_outstanding_tokens
+
+    def num_prefix_blocks(self, request: Request) -> int:
+        return 0 if self._prefix_index is None else self._prefix_index.match(request).get(self.id, 0)
+
+
+class ClusterReading:
+    """The `ClusterView` of one decision."""
+
+    __slots__ = ("_instances", "_now")
+
+    def __init__(self, now: Instant, instances: Sequence[InstanceView]) -> None:
+        self._now = now
+        self._instances = instances
+
+    @property
+    def now(self) -> Instant:
+        return self._now
+
+    @property
+    def instances(self) -> Sequence[InstanceView]:
+        return self._instances
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        return iter(self._instances)
+
+
+def max_prompt_tokens(spec: InstanceSpec) -> int:
+    """The longest prompt that an instance can answer with at least one token, alone on it."""
+    limits = spec.limits
+    return min(limits.max_model_len - 1, limits.num_blocks * limits.block_size)
