@@ -184,12 +184,18 @@ class ClusterMachine:
         if num_unfinished != len(self._requests) or counts.num_arrived != num_unfinished + num_ended:
             raise LawBroken(f"law 1: {counts.num_arrived} requests arrived, but {counts} does not add up to that")
         for ledger in self._ledgers.values():
-            ledger.check()
+            recount = 0
             for request_id in ledger.outstanding:
                 tracked = self._requests.get(request_id)
                 if tracked is None or tracked.instance_id != ledger.id:
                     owner = None if tracked is None else tracked.instance_id
                     raise LawBroken(f"law 1: {request_id} is outstanding at {ledger.id}, but its owner is {owner}")
+                recount += 1 if tracked.state == RequestState.RUNNING else tracked.request.num_prompt_tokens
+            if recount != ledger.num_outstanding_tokens:
+                raise LawBroken(
+                    f"law 1: {ledger.id} counts {ledger.num_outstanding_tokens} outstanding tokens, "
+                    f"its requests {recount}"
+                )
         # Each outstanding request is owned where it is counted, so equal numbers mean that nobody is owned uncounted.
         num_outstanding = sum(ledger.num_outstanding_requests for ledger in self._ledgers.values())
         if num_outstanding != counts.num_assigned + counts.num_running:
