@@ -1,0 +1,169 @@
+"""The conformance suite of dispatch policies, and the fixed pictures of a cluster that it shows them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import FrozenInstanceError, dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rota.base.errors import LawBroken
+from rota.base.instant import Instant
+from rota.serving.api import DispatchPolicy, InstanceId, InstanceView, Pick, Request, RequestId, Role
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSample:
+    """An `InstanceView` with fixed values; `num_cached_blocks` is how many leading blocks of any request it holds."""
+
+    id: InstanceId
+    num_outstanding_requests: int = 0
+    num_outstanding_tokens: int = 0
+    num_cached_blocks: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int | None = None
+    num_blocks: int = 1000
+    block_size: int = 16
+    observed_at: Instant | None = None
+    role: Role = Role.MIXED
+
+    def num_prefix_blocks(self, request: Request) -> int:
+        return min(self.num_cached_blocks, len(request.block_hashes))
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSample:
+    """A `ClusterView` with fixed values."""
+
+    now: Instant
+    instances: Sequence[InstanceView]
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        return iter(self.instances)
+
+
+def requests() -> st.SearchStrategy[Request]:
+    """Requests with and without shared blocks."""
+    return st.builds(
+        _request,
+        number=st.integers(0, 999),
+        num_prompt_tokens=st.integers(1, 4000),
+        share_hashed=st.sampled_from([0.0, 0.5, 1.0]),
+        priority=st.integers(-2, 2),
+        session=st.none() | st.sampled_from(["s1", "s2"]),
+    )
+
+
+def clusters(*, num_instances_min: int = 1) -> st.SearchStrategy[ClusterSample]:
+    """Clusters of up to eight instances by id, idle and loaded, reported and not, with and without cached prefixes."""
+    instance = st.builds(
+        InstanceSample,
+        id=st.just(InstanceId("")),
+        num_outstanding_requests=st.integers(0, 100),
+        num_outstanding_tokens=st.integers(0, 5000),
+        num_cached_blocks=st.integers(0, 250),
+        num_running=st.integers(0, 100),
+        num_waiting=st.integers(0, 100),
+        num_free_blocks=st.none() | st.integers(0, 1000),
+    )
+    return st.builds(
+        lambda now, samples: ClusterSample(
+            Instant(now), tuple(_renamed(sample, position, now) for position, sample in enumerate(samples))
+        ),
+        now=st.integers(0, 10**15),
+        samples=st.lists(instance, min_size=num_instances_min, max_size=8),
+    )
+
+
+def check_dispatch_policy(
+    factory: Callable[[], DispatchPolicy], *, ties_by_id: bool = True, max_examples: int = 100
+) -> None:
+    """Prove that a dispatch policy keeps the contract of its kind; raises `LawBroken` with the first example that does
+    not.
+
+    `factory` makes a fresh policy, each time alike: one that draws chance gets a new stream of the same seed and name.
+    For any cluster, however loaded, of one instance or more, and for a series of requests:
+
+    * the pick is one of the instances shown, and has a reason;
+    * scores are in [0, 1] and belong to instances shown, at most one each;
+    * two fresh policies that are asked the same give the same answers;
+    * nothing that is shown is written to (law 13);
+    * a fresh policy prefers the first by id among instances that are alike, unless `ties_by_id` is False, as it is for
+      a policy that draws chance or hashes.
+    """
+
+    @settings(max_examples=max_examples, deadline=None)
+    @given(asked=st.lists(st.tuples(requests(), clusters()), min_size=1, max_size=6))
+    def picks_are_sound_and_repeatable(asked: list[tuple[Request, ClusterSample]]) -> None:
+        first, second = factory(), factory()
+        for request, cluster in asked:
+            pick = _ask(first, request, cluster)
+            _check_pick(pick, cluster)
+            again = _ask(second, request, cluster)
+            if again != pick:
+                raise LawBroken(f"law 8: asked the same, a fresh policy answered {again}, another one {pick}")
+
+    @settings(max_examples=max_examples, deadline=None)
+    @given(request=requests(), cluster=clusters(num_instances_min=2))
+    def ties_break_by_id(request: Request, cluster: ClusterSample) -> None:
+        model = cluster.instances[0]
+        assert isinstance(model, InstanceSample)
+        alike = tuple(_renamed(model, position, cluster.now) for position in range(len(cluster.instances)))
+        pick = _ask(factory(), request, ClusterSample(cluster.now, alike))
+        if pick.instance_id != alike[0].id:
+            raise LawBroken(
+                f"among {len(alike)} instances that are alike, {pick.instance_id} was picked before {alike[0].id}"
+            )
+
+    picks_are_sound_and_repeatable()
+    if ties_by_id:
+        ties_break_by_id()
+
+
+def _ask(policy: DispatchPolicy, request: Request, cluster: ClusterSample) -> Pick:
+    try:
+        return policy.pick(request, cluster)
+    except (FrozenInstanceError, AttributeError, TypeError) as error:
+        raise LawBroken(f"the policy wrote to a view (law 13) or used what it does not offer: {error!r}") from error
+
+
+def _check_pick(pick: Pick, cluster: ClusterSample) -> None:
+    shown = [instance.id for instance in cluster.instances]
+    if pick.instance_id not in shown:
+        raise LawBroken(f"picked {pick.instance_id!r}, which is not among {shown}")
+    if not pick.reason:
+        raise LawBroken("law 11: picked without a reason")
+    scored = [instance_id for instance_id, _ in pick.scores]
+    if len(set(scored)) != len(scored) or not set(scored) <= set(shown):
+        raise LawBroken(f"scored {scored}, shown were {shown}")
+    for instance_id, score in pick.scores:
+        if not 0.0 <= score <= 1.0:
+            raise LawBroken(f"the score of {instance_id} is {score}, not in [0, 1]")
+
+
+def _request(number: int, num_prompt_tokens: int, share_hashed: float, priority: int, session: str | None) -> Request:
+    num_blocks = int(num_prompt_tokens // 16 * share_hashed)
+    return Request(
+        RequestId(f"r{number}"),
+        Instant(0),
+        num_prompt_tokens,
+        max_tokens=100,
+        priority=priority,
+        session=session,
+        block_hashes=tuple(range(num_blocks)),
+    )
+
+
+def _renamed(sample: InstanceSample, position: int, now: int) -> InstanceSample:
+    """The sample with the id of a position, and, if it ever reported, a report no later than `now`."""
+    observed_at = None if sample.num_free_blocks is None else Instant(max(0, now - 1000 * position))
+    return InstanceSample(
+        InstanceId(f"i{position}"),
+        sample.num_outstanding_requests,
+        sample.num_outstanding_tokens,
+        sample.num_cached_blocks,
+        sample.num_running,
+        sample.num_waiting,
+        sample.num_free_blocks,
+        observed_at=observed_at,
+    )
