@@ -26,6 +26,7 @@ from rota.testing.toy.bakery import (
 MACHINE = "bakery"
 ROW_TYPES = {MACHINE: (BakeryEvent, BakeryCommand)}
 PATIENCE = seconds(30)
+LIVE_PATIENCE = milliseconds(2)
 
 
 def build(policy: LoafPolicy | None = None, *, patience: Duration = PATIENCE, max_waiting: int = 100) -> Bakery:
@@ -87,7 +88,7 @@ def simulate(
 
 async def run_live(seed: int, *, num_loaves: int = 40, journal: Journal | None = None) -> Bakery:
     """Bake everything in real time, a thousand times faster than a baker would. Every seventh batch burns."""
-    bakery = build(patience=milliseconds(2))
+    bakery = build(patience=LIVE_PATIENCE)
     loop = LiveLoop(SystemClock(), journal)
     num_batches = 0
     all_done = asyncio.Event()
