@@ -98,12 +98,12 @@ def test_every_command_may_fail_once_and_everything_still_ends():
     num_struck = 0
     for nth in range(1, 1_000):
         fail = FailNth("BakeBatch", nth)
-        bakery, _ = run(1, num_loaves=40, fail=fail)
+        bakery, _ = run(1, num_loaves=60, fail=fail)
         assert not bakery.unfinished()
         if not fail.has_struck:
             break
         num_struck += 1
-    assert num_struck > 10
+    assert num_struck >= 10
 
 
 def test_too_many_loaves_are_refused_and_nothing_is_lost():

@@ -76,7 +76,7 @@ def simulate(
         error = streams.stream(f"baking/{'+'.join(command.loaf_ids)}").uniform(0.8, 1.3)
         done_at = Instant(now + round(error * max(recipes[loaf_id] for loaf_id in command.loaf_ids)))
         is_burning = faults.active("burning", f"oven-{command.oven}", Instant(done_at - start)) is not None
-        is_lost = is_burning or (fail is not None and fail.fails(command))
+        is_lost = (fail is not None and fail.fails(command)) or is_burning
         loop.post(done_at, name, BatchBurnt(command.oven) if is_lost else BatchBaked(command.oven))
 
     loop.add_machine(MACHINE, bakery, carry_out)
