@@ -1,7 +1,17 @@
 """Go where the prefix is cached, unless that instance is overloaded."""
 
+from collections.abc import Sequence
+
 from rota.base.errors import ConfigError
-from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, Pick, Request
+from rota.serving.api import (
+    NOTHING,
+    ClusterView,
+    EngineCapabilities,
+    InstanceId,
+    InstanceView,
+    Pick,
+    Request,
+)
 from rota.serving.policies.dispatch.scoring import least_loaded, load_scores
 
 
@@ -18,7 +28,8 @@ class PrefixThenLoad:
     requests, `balance_rel_threshold` 1.0001); later releases start it with 0.3, 64 and 1.5. Two things differ. There,
     one overloaded instance switches the affinity off for all; here it only leaves the choice itself, so that one hot
     prefix does not cost the others their cache. And there, a request without a match goes to the smallest tree; here,
-    to the least load.
+    to the least load, in turns among equals: by id alone, an idle cluster would send every new prefix to its first
+    instance, whose cache then thrashes while the others stay empty.
 
     Good for shared system prompts, documents and sessions. Starves nobody, but lets up to `balance_absolute` requests
     of one hot prefix herd on one instance while others idle; lower it where requests are long.
@@ -38,6 +49,7 @@ class PrefixThenLoad:
         self._match_min = match_min
         self._balance_absolute = balance_absolute
         self._balance_relative = balance_relative
+        self._last_unmatched: InstanceId | None = None
 
     def pick(self, request: Request, cluster: ClusterView) -> Pick:
         instances = cluster.instances
@@ -59,6 +71,15 @@ class PrefixThenLoad:
                 scores = [(instance.id, share) for instance, share in zip(candidates, shares, strict=True)]
                 return Pick(chosen.id, reason, tuple(scores))
             instances = candidates
-        chosen = least_loaded(instances)
+        chosen = self._next_least_loaded(instances)
         reason = f"no prefix long enough; fewest outstanding tokens ({chosen.num_outstanding_tokens})"
         return Pick(chosen.id, reason, load_scores(instances))
+
+    def _next_least_loaded(self, instances: Sequence[InstanceView]) -> InstanceView:
+        """One with the fewest outstanding tokens; among equals, the next in turn."""
+        fewest = least_loaded(instances).num_outstanding_tokens
+        equals = [instance for instance in instances if instance.num_outstanding_tokens == fewest]
+        last = self._last_unmatched
+        chosen = equals[0] if last is None else next((each for each in equals if each.id > last), equals[0])
+        self._last_unmatched = chosen.id
+        return chosen
