@@ -1,0 +1,13 @@
+"""How long a step takes. To add a predictor: a file here, a line in `STEP_TIMES`, and a test that calls
+`rota.testing.step_time.check_step_time`."""
+
+from rota.base.registry import Registry
+
+STEP_TIMES = Registry(
+    "step_time",
+    {
+        "affine": "rota.serving.predictors.step_time.affine:AffineStepTime",
+        "grid": "rota.serving.predictors.step_time.grid:GridStepTime",
+    },
+    entry_point_group="rota.step_times",
+)

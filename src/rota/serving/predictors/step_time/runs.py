@@ -1,0 +1,32 @@
+"""Times of a run of decode-only steps: what a predictor may offer beside `step_time`, and what stands in for it.
+
+In such a run the same sequences compute one token each, so every step has `num_decodes` tokens of context more.
+"""
+
+from typing import Protocol, runtime_checkable
+
+from rota.serving.api import StepTimePredictor
+
+
+@runtime_checkable
+class DecodeRunPredictor(Protocol):
+    """A predictor that can tell the times of many equal batches at once."""
+
+    def decode_run(self, num_decodes: int, decode_kv_tokens: int, num_steps: int) -> list[int]:
+        """Nanoseconds of each of `num_steps` steps, the first over `decode_kv_tokens` tokens of context in all.
+
+        Exactly what `step_time` says when asked step by step.
+        """
+        ...
+
+
+def decode_run(predictor: StepTimePredictor, num_decodes: int, decode_kv_tokens: int, num_steps: int) -> list[int]:
+    """The times of a run of decode-only steps, from the predictor's own `decode_run` or else step by step."""
+    if isinstance(predictor, DecodeRunPredictor):
+        return predictor.decode_run(num_decodes, decode_kv_tokens, num_steps)
+    return [
+        predictor.step_time(
+            prefills=(), num_decodes=num_decodes, decode_kv_tokens=decode_kv_tokens + step * num_decodes
+        )
+        for step in range(num_steps)
+    ]
