@@ -91,6 +91,11 @@ class SimulationLoop:
             self._num_background -= 1
         return item is not None
 
+    def peek_time(self) -> Instant | None:
+        """When the next thing on the list will happen, or None if the list is empty: a world that plays out a stretch of
+        time at once need not look further."""
+        return self._queue.peek_time()
+
     def deliver(self, machine_name: str, event: object) -> None:
         """Tell a machine of an event now, ahead of all that is queued.
 

@@ -1,0 +1,83 @@
+"""The one place where a system is put together: command line, simulator, live host, replay and tests all call `build`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from rota.base.errors import ConfigError
+from rota.base.journal import RowTypes
+from rota.base.machine import Machine
+from rota.base.random_streams import RandomStreams
+from rota.serving.cluster.machine import ClusterMachine
+from rota.serving.cluster.prefix_index import PrefixIndex
+from rota.serving.instance.machine import InstanceMachine
+from rota.serving.model.commands import ClusterCommand, InstanceCommand
+from rota.serving.model.events import ClusterEvent, InstanceEvent
+from rota.serving.model.instance import InstanceId, InstanceSpec
+from rota.serving.stack import StackConfig, cluster_policies, engine_policies
+
+CLUSTER = "cluster"
+"""Name of the router's machine in a journal."""
+
+
+class SystemConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that decides what the machines of a run are; a journal's header carries it, so that the run can be
+    replayed."""
+
+    stack: StackConfig = StackConfig()
+    instances: tuple[InstanceSpec, ...] = ()
+    """Engines whose steps our machines decide. The router learns of instances from events, these and others alike."""
+    seed: int = 0
+    is_leaping: bool = True
+    """Whether one command may stand for several equal steps."""
+
+
+ROW_TYPES: RowTypes = {CLUSTER: (ClusterEvent, ClusterCommand), "instance/": (InstanceEvent, InstanceCommand)}
+"""Event and command types of the machines in a journal, by name or prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The machines of a run, fresh."""
+
+    cluster: ClusterMachine
+    instances: dict[InstanceId, InstanceMachine]
+
+    def by_name(self) -> dict[str, Machine[Any, Any]]:
+        """The machines under the names that a journal gives them."""
+        named: dict[str, Machine[Any, Any]] = {CLUSTER: self.cluster}
+        named.update({instance_name(instance_id): machine for instance_id, machine in self.instances.items()})
+        return named
+
+
+def instance_name(instance_id: InstanceId, incarnation: int = 0) -> str:
+    """Name of an instance's machine in a journal; after a restart it is another machine, with the next incarnation."""
+    return f"instance/{instance_id}" if incarnation == 0 else f"instance/{instance_id}#{incarnation}"
+
+
+def build(config: SystemConfig) -> System:
+    """Put the machines of a run together. Raises `ConfigError` or `CapabilityError` for a stack that cannot be."""
+    ids = [spec.id for spec in config.instances]
+    if len(set(ids)) != len(ids):
+        raise ConfigError(f"two instances have the same id, in {', '.join(sorted(ids))}")
+    return System(
+        cluster=build_cluster(config.stack, config.seed),
+        instances={
+            spec.id: build_instance(config.stack, spec, is_leaping=config.is_leaping) for spec in config.instances
+        },
+    )
+
+
+def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
+    """The router's machine with the stack's policies."""
+    policies = cluster_policies(stack, RandomStreams(seed))
+    return ClusterMachine(policies.dispatch, policies.admission, prefix_index=PrefixIndex())
+
+
+def build_instance(stack: StackConfig, spec: InstanceSpec, *, is_leaping: bool = True) -> InstanceMachine:
+    """One engine's machine with policies of its own."""
+    policies = engine_policies(stack, spec.capabilities, f"instance {spec.id}")
+    return InstanceMachine(
+        spec.limits, order=policies.order, batch=policies.batch, memory=policies.memory, repeat=is_leaping
+    )

@@ -1,0 +1,268 @@
+"""The world around the router: arrivals, instances with their true output lengths, reports that come late, faults."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from rota.base.errors import ConfigError
+from rota.base.instant import Duration, Instant, after, milliseconds, seconds
+from rota.base.journal import Journal
+from rota.runtime.faults import Fault, FaultPlan
+from rota.runtime.simulation import SimulationLoop
+from rota.serving.api import StepTimePredictor
+from rota.serving.assemble import CLUSTER, System, SystemConfig, build, build_instance
+from rota.serving.instance.machine import InstanceMachine
+from rota.serving.metrics.definitions import RequestRecord
+from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Reject
+from rota.serving.model.events import (
+    ClientLeft,
+    FirstTokenSeen,
+    InstanceLost,
+    InstanceReported,
+    InstanceStarted,
+    RequestArrived,
+    RequestFailed,
+    RequestFinished,
+)
+from rota.serving.model.instance import InstanceId, InstanceSpec
+from rota.serving.model.request import Request, RequestId
+from rota.serving.sim.ground_truth import GroundTruth
+from rota.serving.sim.instance import RANK_ARRIVAL, SimulatedInstance
+from rota.serving.sim.samples import Sampler
+
+RANK_REPORT = 2
+RANK_FAULT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class WorldOptions:
+    """How the world behaves around the machines. All durations in nanoseconds."""
+
+    step_overhead: Duration = Duration(0)
+    """Between two steps of an engine."""
+    report_interval: Duration = seconds(1)
+    """Between two load reports of an instance; 0 for none."""
+    report_delay: Duration = milliseconds(50)
+    """From the moment that a report describes until the router hears it."""
+    restart_after: Duration = seconds(30)
+    """From a crash until the instance takes requests again, where the fault does not say."""
+    start: Instant = Instant(0)
+    """When the simulation begins; only the time-shift gate sets it."""
+
+
+class SimulatedCluster:
+    """A router's machine and its instances in virtual time.
+
+    `arrivals` are pulled one at a time, each with its true output length, in order of arrival; the origin of their
+    `arrived_at` is `options.start`. The records of ended requests are in `records`, in order of their end.
+    """
+
+    def __init__(
+        self,
+        config: SystemConfig,
+        arrivals: Iterable[tuple[Request, int]],
+        step_time: StepTimePredictor,
+        options: WorldOptions = WorldOptions(),
+        *,
+        journal: Journal | None = None,
+        faults: FaultPlan = FaultPlan(),
+        on_ended: Callable[[int, Instant], None] | None = None,
+    ) -> None:
+        """`on_ended(number of requests ended, now)` is called now and then, for progress. Raises `ConfigError` for a
+        fault at an unknown instance."""
+        self.config = config
+        self.records: list[RequestRecord] = []
+        self.system: System = build(config)
+        self.loop = SimulationLoop(options.start, journal)
+        self._options = options
+        self._step_time = step_time
+        self._truth = GroundTruth()
+        self._arrivals: Iterator[tuple[Request, int]] = iter(arrivals)
+        self._open: dict[RequestId, _Open] = {}
+        self._instances: dict[InstanceId, SimulatedInstance] = {}
+        self._retired: list[InstanceMachine] = []
+        self._specs = {spec.id: spec for spec in config.instances}
+        self._incarnations = dict.fromkeys(self._specs, 0)
+        self.sampler = Sampler(tuple(self._specs))
+        self._on_ended = on_ended
+        self.loop.add_machine(CLUSTER, self.system.cluster, self._carry_out)
+        for spec in config.instances:
+            self._start_instance(spec, self.system.instances[spec.id])
+        for fault in faults:
+            self._schedule_fault(fault)
+
+    def run(self) -> None:
+        """Play until every request has ended. Raises `StarvationError` if one never would."""
+        self._schedule_next_arrival()
+        if self._options.report_interval:
+            for instance_id in self._specs:
+                self._schedule_report(instance_id)
+        self.loop.run()
+
+    def machines(self) -> list[InstanceMachine]:
+        """Every instance machine that ran, those lost to a crash included."""
+        return self._retired + [instance.machine for instance in self._instances.values()]
+
+    # --- arrivals and clients ------------------------------------------------------------------------------------------
+
+    def _schedule_next_arrival(self) -> None:
+        following = next(self._arrivals, None)
+        if following is None:
+            return
+        request, num_output_tokens = following
+
+        def arrive(now: Instant) -> None:
+            self._schedule_next_arrival()
+            self._truth.add(request, num_output_tokens)
+            self._open[request.id] = _Open(request)
+            self.loop.deliver(CLUSTER, RequestArrived(request))
+
+        self.loop.call_at(request.arrived_at, arrive, RANK_ARRIVAL)
+
+    def _carry_out(self, name: str, command: ClusterCommand, now: Instant) -> None:
+        if isinstance(command, Dispatch):
+            entry = self._open[command.request_id]
+            entry.instance_id = command.instance_id
+            instance = self._instances.get(command.instance_id)
+            if instance is None:
+                self._fail_attempt(command.request_id, command.instance_id, "the instance is gone")
+            else:
+                instance.submit(entry.request)
+        elif isinstance(command, Abort):
+            instance = self._instances.get(command.instance_id)
+            if instance is not None:
+                instance.abort(command.request_id)
+        elif isinstance(command, Reject):
+            self._end(command.request_id, "rejected", now, command.reason)
+        elif isinstance(command, Fail):
+            self._end(command.request_id, "failed", now, command.reason)
+
+    # --- what instances give (Listener) --------------------------------------------------------------------------------
+
+    def on_first_token(self, instance_id: InstanceId, request_id: RequestId, at: Instant) -> None:
+        entry = self._open.get(request_id)
+        if entry is not None and entry.first_token_at is None:
+            entry.first_token_at = at
+            self.loop.deliver(CLUSTER, FirstTokenSeen(request_id, instance_id))
+
+    def on_finished(self, instance_id: InstanceId, request_id: RequestId, at: Instant, num_output_tokens: int) -> None:
+        self.loop.deliver(CLUSTER, RequestFinished(request_id, instance_id, num_output_tokens))
+        self._end(request_id, "finished", at, "", num_output_tokens)
+
+    def on_rejected(self, instance_id: InstanceId, request_id: RequestId, at: Instant, reason: str) -> None:
+        self.loop.deliver(CLUSTER, RequestFailed(request_id, instance_id, reason, retryable=False))
+
+    def on_step(self, instance_id: InstanceId, at: Instant) -> None:
+        self.sampler.on_step(instance_id, at, self._instances[instance_id].machine)
+
+    def _end(self, request_id: RequestId, status: str, at: Instant, reason: str, num_output_tokens: int = 0) -> None:
+        entry = self._open.pop(request_id)
+        self._truth.forget(request_id)
+        request = entry.request
+        self.records.append(
+            RequestRecord(
+                id=request_id,
+                tenant=request.tenant,
+                priority=request.priority,
+                arrived_at=request.arrived_at,
+                first_token_at=entry.first_token_at,
+                finished_at=at,
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_output_tokens=num_output_tokens,
+                status=status,
+                reason=reason,
+                instance_id=entry.instance_id,
+                slo=request.slo,
+            )
+        )
+        if self._on_ended is not None and len(self.records) % 256 == 0:
+            self._on_ended(len(self.records), at)
+
+    # --- instances -----------------------------------------------------------------------------------------------------
+
+    def _start_instance(self, spec: InstanceSpec, machine: InstanceMachine) -> None:
+        self._instances[spec.id] = SimulatedInstance(
+            self.loop,
+            spec,
+            machine,
+            self._step_time,
+            self._truth,
+            self,
+            step_overhead=self._options.step_overhead,
+            incarnation=self._incarnations[spec.id],
+        )
+        self.loop.deliver(CLUSTER, InstanceStarted(spec))
+
+    def _schedule_report(self, instance_id: InstanceId) -> None:
+        def report(now: Instant) -> None:
+            instance = self._instances.get(instance_id)
+            if instance is not None:
+                taken = instance.report()
+                delay = self._options.report_delay
+                self.loop.call_at(
+                    after(now, delay),
+                    lambda _: self.loop.deliver(CLUSTER, InstanceReported(taken, delay)),
+                    RANK_REPORT,
+                    background=True,
+                )
+            self._schedule_report(instance_id)
+
+        self.loop.call_at(
+            after(self.loop.now, self._options.report_interval), report, RANK_REPORT, background=True
+        )
+
+    # --- faults --------------------------------------------------------------------------------------------------------
+
+    def _schedule_fault(self, fault: Fault) -> None:
+        strikes = {"crash": self._crash, "slow": self._slow_down, "client_leaves": self._leave}
+        if fault.kind not in strikes:
+            raise ConfigError(f"unknown kind of fault {fault.kind!r}", hint=f"kinds are {', '.join(sorted(strikes))}")
+        if fault.kind != "client_leaves" and fault.target not in self._specs:
+            raise ConfigError(f"a {fault.kind} fault names the unknown instance {fault.target!r}")
+        self.loop.call_at(fault.at, lambda now: strikes[fault.kind](fault, now), RANK_FAULT)
+
+    def _crash(self, fault: Fault, now: Instant) -> None:
+        instance_id = InstanceId(fault.target)
+        instance = self._instances.pop(instance_id, None)
+        if instance is None:
+            return  # it is down already
+        lost = instance.crash()
+        self._retired.append(instance.machine)
+        self.loop.deliver(CLUSTER, InstanceLost(instance_id, "crashed"))
+        for request_id in lost:
+            self._fail_attempt(request_id, instance_id, f"instance {instance_id} crashed")
+
+        def restart(later: Instant) -> None:
+            self._incarnations[instance_id] += 1
+            spec = self._specs[instance_id]
+            machine = build_instance(self.config.stack, spec, is_leaping=self.config.is_leaping)
+            self._start_instance(spec, machine)
+
+        self.loop.call_at(after(now, fault.duration or self._options.restart_after), restart, RANK_FAULT)
+
+    def _fail_attempt(self, request_id: RequestId, instance_id: InstanceId, reason: str) -> None:
+        if request_id in self._open:
+            self.loop.deliver(CLUSTER, RequestFailed(request_id, instance_id, reason))
+
+    def _slow_down(self, fault: Fault, now: Instant) -> None:
+        instance = self._instances.get(InstanceId(fault.target))
+        if instance is None:
+            return
+        instance.set_slowdown(fault.magnitude)
+        self.loop.call_at(after(now, fault.duration), lambda _: instance.set_slowdown(1.0), RANK_FAULT)
+
+    def _leave(self, fault: Fault, now: Instant) -> None:
+        request_id = RequestId(fault.target)
+        if request_id in self._open:
+            self.loop.deliver(CLUSTER, ClientLeft(request_id))
+            self._end(request_id, "aborted", now, "the client left")
+
+
+class _Open:
+    """What the world notes about a request that has not ended."""
+
+    __slots__ = ("first_token_at", "instance_id", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.first_token_at: Instant | None = None
+        self.instance_id: InstanceId | None = None

@@ -1,0 +1,133 @@
+"""A stack: one policy object per hook, from a TOML file, the same in every host.
+
+```toml
+order = "strict_priority"
+batch = "stall_free_chunks"
+
+[parameters.order]
+ageing_seconds = 30.0
+
+[parameters.batch]
+chunk_size = 256
+```
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rota.base.config import load_toml
+from rota.base.errors import CapabilityError
+from rota.base.random_streams import RandomStreams
+from rota.base.registry import Registry
+from rota.serving.api import (
+    AdmissionPolicy,
+    BatchPolicy,
+    DispatchPolicy,
+    EngineCapabilities,
+    MemoryPolicy,
+    OrderPolicy,
+)
+from rota.serving.policies.admission import ADMISSION
+from rota.serving.policies.batch import BATCH
+from rota.serving.policies.dispatch import DISPATCH
+from rota.serving.policies.memory import MEMORY
+from rota.serving.policies.order import ORDER
+
+REGISTRIES: Mapping[str, Registry] = {
+    "order": ORDER,
+    "batch": BATCH,
+    "memory": MEMORY,
+    "dispatch": DISPATCH,
+    "admission": ADMISSION,
+}
+"""The kinds of policy, in the order in which docs and command line list them."""
+
+
+class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A table of parameters for each kind of policy; the names are those of the policy's constructor."""
+
+    order: dict[str, Any] = {}
+    batch: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    dispatch: dict[str, Any] = {}
+    admission: dict[str, Any] = {}
+
+
+class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stack file says. The defaults are vLLM's own scheduling, behind a router that balances by work."""
+
+    order: str = "fcfs"
+    batch: str = "vllm_default"
+    memory: str = "recompute_lowest"
+    dispatch: str = "prefix_then_load"
+    admission: str = "bounded_queue"
+    parameters: Parameters = Parameters()
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePolicies:
+    """The policies that decide an engine's next step. One engine, one set: a policy may keep state."""
+
+    order: OrderPolicy
+    batch: BatchPolicy
+    memory: MemoryPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterPolicies:
+    """The policies that decide at the router."""
+
+    dispatch: DispatchPolicy
+    admission: AdmissionPolicy
+
+
+def load_stack(path: str | Path | None) -> StackConfig:
+    """Read a stack file; no file is the default stack. Raises `ConfigError` naming file, line and key."""
+    return StackConfig() if path is None else load_toml(path, StackConfig)
+
+
+def engine_policies(config: StackConfig, capabilities: EngineCapabilities, engine: str) -> EnginePolicies:
+    """Build the policies for one engine. Raises `ConfigError` for a name or parameter that is unknown, and
+    `CapabilityError` if `engine` cannot do what a policy needs."""
+    policies = EnginePolicies(
+        order=_create("order", config, {}), batch=_create("batch", config, {}), memory=_create("memory", config, {})
+    )
+    for kind, policy in (("order", policies.order), ("batch", policies.batch), ("memory", policies.memory)):
+        refuse_missing(kind, getattr(config, kind), policy.requires, capabilities, engine)
+    return policies
+
+
+def cluster_policies(config: StackConfig, streams: RandomStreams) -> ClusterPolicies:
+    """Build the policies for the router. A policy that names `stream` in its constructor gets one of its own."""
+    return ClusterPolicies(
+        dispatch=_create("dispatch", config, {"stream": streams.stream("dispatch")}),
+        admission=_create("admission", config, {}),
+    )
+
+
+def refuse_missing(
+    kind: str, name: str, requires: EngineCapabilities, capabilities: EngineCapabilities, engine: str
+) -> None:
+    """Raise `CapabilityError` if the engine lacks something that the policy requires."""
+    missing = sorted(requires - capabilities)
+    if missing:
+        able = [
+            other
+            for other in REGISTRIES[kind].names()
+            if isinstance(needs := getattr(REGISTRIES[kind].load(other), "requires", None), frozenset)
+            and needs <= capabilities
+        ]
+        raise CapabilityError(
+            f"{kind} policy {name!r} needs {', '.join(missing)}, which {engine} cannot be told",
+            hint=f"{kind} policies that {engine} can host: {', '.join(able)}",
+        )
+
+
+def _create(kind: str, config: StackConfig, services: Mapping[str, object]) -> Any:
+    return REGISTRIES[kind].create(
+        getattr(config, kind), getattr(config.parameters, kind), services=services, where=f"stack: {kind}"
+    )
