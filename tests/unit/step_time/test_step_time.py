@@ -49,7 +49,6 @@ def predict(grid: GridStepTime | AffineStepTime, row: StepRow) -> int:
 @pytest.mark.parametrize("table", shipped_tables())
 def test_grid_conforms(table: str) -> None:
     check_step_time(GridStepTime(table=table))
-    check_step_time(GridStepTime(table=table, step_overhead_ms=2.0), seed=1)
 
 
 @pytest.mark.parametrize("name", [*THEIRS.values(), "Meta-Llama-3.1-8B_rtx_pro_6000_server_vllm_tp1"])
@@ -188,17 +187,6 @@ def test_decode_kv_is_of_each_sequence() -> None:
     assert 340 < row.latency_ms < 400
 
 
-def test_overhead_is_added_to_every_step() -> None:
-    slower = GridStepTime(table=DEFAULT_PROFILE, step_overhead_ms=2.0)
-    for prefills, num_decodes, kv_tokens in [((), 7, 900), (((512, 0),), 0, 0), (((100, 50), (30, 0)), 9, 5000)]:
-        times = [
-            grid.step_time(prefills=prefills, num_decodes=num_decodes, decode_kv_tokens=kv_tokens)
-            for grid in (GRID, slower)
-        ]
-        assert times[1] - times[0] == 2 * MS
-    assert slower.step_time(prefills=(), num_decodes=0, decode_kv_tokens=0) == 0
-
-
 def test_several_prefills_cost_less_than_one_of_all_their_tokens() -> None:
     """They share the matrix products, and each attends to itself only."""
     one = GRID.step_time(prefills=[(2048, 0)], num_decodes=0, decode_kv_tokens=0)
@@ -230,6 +218,7 @@ def test_profiles_that_are_shipped() -> None:
         limits = profile.instance_limits()
         check_step_time(profile.predictor(), num_steps=20)
         assert limits.num_blocks * limits.block_size >= limits.max_model_len, f"{name} cannot hold its longest sequence"
+        assert profile.step_overhead() == 2 * MS
         assert (limits.max_num_seqs, limits.max_num_batched_tokens) == (256, 2048)
 
 
@@ -288,7 +277,6 @@ def test_names_that_are_not_known_hint() -> None:
         ("affine", {"token_us": -1}, "token_us must be at least 0"),
         ("affine", {"kv_token_ns": float("nan")}, "kv_token_ns"),
         ("grid", {}, "'table' is missing"),
-        ("grid", {"table": DEFAULT_PROFILE, "step_overhead_ms": -1}, "step_overhead_ms"),
         ("grid", {"table": DEFAULT_PROFILE, "overhead": 1}, "unknown parameter 'overhead'"),
     ],
 )

@@ -36,14 +36,12 @@ class GridStepTime:
     levelled (`surface._smoothed`), after which more work never takes less time. Beyond the table it goes straight on.
     """
 
-    def __init__(self, *, table: str, step_overhead_ms: float = 0.0) -> None:
-        """`table` is the name of a shipped table or the path of a CSV file; `step_overhead_ms`, what the engine spends
-        on each step beside the forward pass, is added to every step."""
-        if not 0 <= step_overhead_ms < 1e6:
-            raise ValueError(f"step_overhead_ms must be at least 0, got {step_overhead_ms!r}")
-        self._build(read_table(table), round(step_overhead_ms * NANOSECONDS_PER_MILLISECOND))
+    def __init__(self, *, table: str) -> None:
+        """`table` is the name of a shipped table or the path of a CSV file. Raises `ConfigError` for a name that is not
+        known and `DataError` for a file that is no table."""
+        self._build(read_table(table))
 
-    def _build(self, rows: Iterable[StepRow], overhead: int) -> None:
+    def _build(self, rows: Iterable[StepRow]) -> None:
         prefills: dict[int, dict[int, float]] = {}
         decodes: dict[int, dict[int, float]] = {}
         for row in rows:
@@ -60,10 +58,10 @@ class GridStepTime:
         # A prefill step of few tokens is slower than the decode step of as many: its kernels cost that more to start.
         start = max(0.0, *(products(num) - time for num, time in decode_floor.items()))
         start = min(start, 0.9 * min(prefill_floor.values()))
-        self._shared = Curve(list(prefill_floor), [time - start + overhead for time in prefill_floor.values()])
+        self._shared = Curve(list(prefill_floor), [time - start for time in prefill_floor.values()])
         self._prefill = _surface(prefill_rows, {tokens: time - start for tokens, time in prefill_floor.items()})
-        self._decode = _surface(decode_rows, {num: float(self._shared(num)) - overhead for num in decode_rows})
-        self._decode_only = _surface(decode_rows, dict.fromkeys(decode_rows, -float(overhead)))
+        self._decode = _surface(decode_rows, {num: float(self._shared(num)) for num in decode_rows})
+        self._decode_only = _surface(decode_rows, dict.fromkeys(decode_rows, 0.0))
         self._decode_rows: dict[int, tuple[int, ...]] = {}
 
     def step_time(

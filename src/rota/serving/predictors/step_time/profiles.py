@@ -1,4 +1,4 @@
-"""Profiles: one model on one kind of accelerator, as a step-time predictor and the engine's limits."""
+"""Profiles: one model on one kind of accelerator, as a step-time predictor, an overhead between steps and limits."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +8,7 @@ import msgspec
 
 from rota.base.config import load_toml, parse_toml
 from rota.base.errors import ConfigError
+from rota.base.instant import Duration, milliseconds
 from rota.base.nearest import did_you_mean
 from rota.serving.api import InstanceLimits, StepTimePredictor
 from rota.serving.predictors.step_time import STEP_TIMES
@@ -48,12 +49,22 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     step_time: StepTimeChoice
     limits: Limits
+    step_overhead_ms: float = 0.0
+    """What the engine spends between two forward passes."""
     tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step_overhead_ms < 1e6:
+            raise ValueError(f"step_overhead_ms must be at least 0, got {self.step_overhead_ms}")
 
     def predictor(self) -> StepTimePredictor:
         """A new predictor of this profile's step times. Raises `ConfigError` or `DataError` if it cannot be built."""
         predictor: StepTimePredictor = STEP_TIMES.create(self.step_time.name, self.step_time.parameters)
         return predictor
+
+    def step_overhead(self) -> Duration:
+        """Between two forward passes of the engine."""
+        return milliseconds(self.step_overhead_ms)
 
     def instance_limits(self) -> InstanceLimits:
         """The limits as instances take them."""
