@@ -61,6 +61,15 @@ def test_the_instance_that_holds_most_gives_up_for_the_bound_in_all():
     assert index.match(chain(2, 2, 2, 2)) == {B: 4}
 
 
+def test_what_was_recorded_since_is_known():
+    index = PrefixIndex()
+    index.add_instance(A, 100)
+    asked = chain(1, 2)
+    assert index.match(asked) == {}
+    index.record(asked, A)
+    assert index.match(asked) == {A: 2}
+
+
 def test_a_restart_forgets():
     index = PrefixIndex()
     index.add_instance(A, 100)

@@ -431,8 +431,6 @@ class ClusterMachine:
         if ledger is None:
             return
         ledger.move(event)
-        if ledger.state == InstanceState.LOST and self._prefix_index is not None:
-            self._prefix_index.forget_instance(instance_id)
         self._refresh_ready()
         self._forget_if_over(ledger)
 
@@ -442,7 +440,7 @@ class ClusterMachine:
                 f"law 5: {report.instance_id} reports what it will be at {report.observed_at}, now is {now}"
             )
         ledger = self._ledgers.get(report.instance_id)
-        if ledger is not None and ledger.state != InstanceState.LOST:
+        if ledger is not None:
             ledger.take_report(report)
 
     def _forget_if_over(self, ledger: InstanceLedger) -> None:
