@@ -72,8 +72,8 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(rows, other):
 def test_the_digest_is_pinned():
     # Stored journals stay comparable only as long as the encoding of rows stays what it is.
     journal = Journal(header_for(None, 1))
-    write(journal, [("shop", 3, Came("ä", frozenset("ba")), [Serve("ä", 2)]), ("shop", 4, None, [])])
-    assert journal.digest[:16] == "a4d7e1117eb357b1"
+    write(journal, [("shop", 3, Came("ä", frozenset("hgfedcba")), [Serve("ä", 2)]), ("shop", 4, None, [])])
+    assert journal.digest[:16] == "67e602bfdd4a5102"
 
 
 def test_the_longest_prefix_names_the_types(tmp_path):

@@ -209,8 +209,8 @@ def test_background_calls_do_not_hide_starvation_for_ever():
     machine.owed = ["a"]
     loop.add_machine("m", machine, nothing)
     loop.call_at(0, tick, background=True)
-    loop.post(5, "m", "go")
-    with pytest.raises(StarvationError, match="m at 110: 1 unfinished"):
+    loop.post(25, "m", "go")
+    with pytest.raises(StarvationError, match="m at 130: 1 unfinished"):
         loop.run()
 
 
