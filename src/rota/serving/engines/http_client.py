@@ -1,0 +1,336 @@
+"""HTTP/1.1, the client's side, on llhttp: pooled connections to one server, answers handed on as they come."""
+
+import asyncio
+import ssl
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from rota.base.errors import ConfigError, EngineError
+
+Headers = list[tuple[bytes, bytes]]
+
+_NUM_IDLE_MAX = 512
+_HEAD_BYTES_MAX = 64 * 1024
+
+
+class ResponseSink(Protocol):
+    """Who hears a response: see `rota.serving.engines.engine.AnswerSink`."""
+
+    def on_head(self, status: int, headers: Headers) -> None: ...
+    def on_data(self, data: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_failed(self, reason: str) -> None: ...
+
+
+class HttpClient:
+    """Sends requests to one server, over as many connections as there are requests under way."""
+
+    def __init__(self, url: str, *, connect_timeout_seconds: float = 5.0) -> None:
+        """`url` is the server's root; a path on it is put before every path asked for. Raises `ConfigError`."""
+        parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            raise ConfigError(f"{url}: the port is not a number from 0 to 65535") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url}: not the URL of a server", hint="write it like http://127.0.0.1:8000")
+        self.url = url
+        self.host = parts.hostname
+        self.port = port or (443 if parts.scheme == "https" else 80)
+        self._prefix = parts.path.rstrip("/").encode()
+        self._host_header = parts.netloc.rpartition("@")[2].encode()
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._connect_timeout = connect_timeout_seconds
+        self._idle: list[_Connection] = []
+        self._open: set[_Connection] = set()
+
+    def send(self, method: str, path: str, headers: Headers, body: bytes, sink: ResponseSink) -> "Call":
+        """Send one request; returns the handle to cancel it with. The sink is never called from in here."""
+        head = [b"%b %b%b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), self._prefix, path.encode(), self._host_header)]
+        head.extend([b"%b: %b\r\n" % header for header in headers])
+        if body or method == "POST":
+            head.append(b"content-length: %d\r\n" % len(body))
+        head.append(b"\r\n")
+        head.append(body)
+        call = Call(self, b"".join(head), sink)
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closing():
+                call.is_reused = True
+                connection.begin(call)
+                return call
+        call.dial()
+        return call
+
+    async def fetch(self, method: str, path: str, *, timeout_seconds: float, body_bytes_max: int = 4 << 20) -> bytes:
+        """A small answer in one piece. Raises `EngineError` unless it is 200 and in time."""
+        collected = _Collected(body_bytes_max)
+        call = self.send(method, path, [], b"", collected)
+        try:
+            status = await asyncio.wait_for(collected.done, timeout_seconds)
+        except TimeoutError:
+            raise EngineError(f"{self.url}{path}: no answer within {timeout_seconds:g} s") from None
+        except EngineError as error:
+            raise EngineError(f"{self.url}{path}: {error.message}") from None
+        finally:
+            call.cancel()
+        if status != 200:
+            raise EngineError(f"{self.url}{path}: answered {status}")
+        return b"".join(collected.body)
+
+    def close(self) -> None:
+        """Close every connection; requests under way fail."""
+        for connection in list(self._open):
+            connection.close()
+        self._idle.clear()
+
+    async def connect(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        connecting = loop.create_connection(lambda: _Connection(self), self.host, self.port, ssl=self._ssl)
+        _, connection = await asyncio.wait_for(connecting, self._connect_timeout)
+        return connection
+
+    def opened(self, connection: "_Connection") -> None:
+        self._open.add(connection)
+
+    def closed(self, connection: "_Connection") -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def released(self, connection: "_Connection") -> None:
+        if len(self._idle) < _NUM_IDLE_MAX:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+
+class Call:
+    """One request under way."""
+
+    __slots__ = ("_client", "_connection", "_dialling", "_sink", "_wire", "is_over", "is_reused")
+
+    def __init__(self, client: HttpClient, wire: bytes, sink: ResponseSink) -> None:
+        self._client = client
+        self._wire = wire
+        self._sink = sink
+        self._connection: _Connection | None = None
+        self._dialling: asyncio.Task[None] | None = None
+        self.is_over = False
+        self.is_reused = False
+        """It went out on a connection that had served before, and which the server may have been about to close."""
+
+    def cancel(self) -> None:
+        """Close the connection, which makes the server stop; the sink hears nothing more."""
+        self.is_over = True
+        if self._dialling is not None:
+            self._dialling.cancel()
+        if self._connection is not None:
+            self._connection.close()
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on reading the answer."""
+        if self._connection is not None:
+            self._connection.pause(paused)
+
+    def dial(self) -> None:
+        self._dialling = asyncio.get_running_loop().create_task(self._dial())
+
+    async def _dial(self) -> None:
+        try:
+            connection = await self._client.connect()
+        except TimeoutError:
+            self.failed("connecting took too long")
+        except OSError as error:
+            self.failed(f"cannot connect: {error.strerror or error}")
+        else:
+            self._dialling = None
+            if self.is_over:
+                connection.close()
+            else:
+                connection.begin(self)
+
+    # --- from the connection ----------------------------------------------------------------------------------------
+
+    def begun(self, connection: "_Connection") -> bytes:
+        self._connection = connection
+        return self._wire
+
+    def head(self, status: int, headers: Headers) -> None:
+        if not self.is_over:
+            self._wire = b""
+            self._sink.on_head(status, headers)
+
+    def data(self, data: bytes) -> None:
+        if not self.is_over:
+            self._sink.on_data(data)
+
+    def ended(self) -> None:
+        self._connection = None
+        if not self.is_over:
+            self.is_over = True
+            self._sink.on_end()
+
+    def failed(self, reason: str) -> None:
+        self._connection = None
+        if not self.is_over:
+            self.is_over = True
+            self._sink.on_failed(reason)
+
+    def lost(self, reason: str, *, was_silent: bool) -> None:
+        """The connection broke. One that had idled may have been closed just as we wrote: try once more on a new
+        one."""
+        self._connection = None
+        if self.is_reused and was_silent and not self.is_over:
+            self.is_reused = False
+            self.dial()
+        else:
+            self.failed(reason)
+
+
+class _Connection(asyncio.Protocol):
+    """One connection: at most one call at a time."""
+
+    def __init__(self, client: HttpClient) -> None:
+        self._client = client
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._call: Call | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._headers: Headers = []
+        self._body: list[bytes] = []
+        self._num_head_bytes = 0
+        self._is_headed = False
+        self._is_complete = False
+        self._ends_with_connection = False
+        self._is_silent = True
+        self._keep_alive = True
+        self._paused = False
+
+    def begin(self, call: Call) -> None:
+        self._reset()
+        self._call = call
+        assert self._transport is not None
+        self._transport.write(call.begun(self))
+
+    def is_closing(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self, paused: bool) -> None:
+        if self._transport is None or paused == self._paused:
+            return
+        self._paused = paused
+        if paused:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    # --- what the event loop says -----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._client.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._client.closed(self)
+        call, self._call = self._call, None
+        if call is None:
+            return
+        if self._is_headed and self._ends_with_connection and exc is None:
+            call.ended()
+        else:
+            why = f"the connection broke: {exc}" if exc is not None else "the server closed the connection"
+            call.lost(why + (" before it answered" if self._is_silent else ""), was_silent=self._is_silent)
+
+    def data_received(self, data: bytes) -> None:
+        call = self._call
+        if call is None:  # Bytes that nobody asked for.
+            self.close()
+            return
+        self._is_silent = False
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._call = None
+            self.close()
+            call.failed(f"the server does not speak HTTP/1.1: {error}")
+            return
+        if not self._is_headed:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > _HEAD_BYTES_MAX:
+                self._call = None
+                self.close()
+                call.failed("the server's headers have no end")
+            return
+        if self._body:
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            self._body.clear()
+            call.data(body)
+        if self._is_complete:
+            self._call = None
+            if self._keep_alive and not self._paused and not call.is_over:
+                self._client.released(self)
+            else:
+                self.close()
+            call.ended()
+
+    # --- what the parser says ---------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:
+            self._headers = []
+            return
+        self._is_headed = True
+        self._keep_alive = self._parser.should_keep_alive()
+        sized = any(name in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
+        self._ends_with_connection = not sized and status not in (204, 304)
+        if self._call is not None:
+            self._call.head(status, self._headers)
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._is_headed:
+            self._is_complete = True
+
+
+class _Collected:
+    """A sink that keeps a small body."""
+
+    def __init__(self, body_bytes_max: int) -> None:
+        self.body: list[bytes] = []
+        self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._room = body_bytes_max
+        self._status = 0
+
+    def on_head(self, status: int, headers: Headers) -> None:
+        self._status = status
+
+    def on_data(self, data: bytes) -> None:
+        self._room -= len(data)
+        if self._room >= 0:
+            self.body.append(data)
+        else:
+            self.on_failed("the answer is too large")
+
+    def on_end(self) -> None:
+        if not self.done.done():
+            self.done.set_result(self._status)
+
+    def on_failed(self, reason: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(EngineError(reason))

@@ -1,0 +1,470 @@
+"""HTTP/1.1, the server's side, on llhttp: one connection at a time, bounded in every direction.
+
+A request reaches the handler when it is complete. Whatever is malformed, too large or too slow is answered here, and
+never reaches it. The handler is a plain function; it answers at once or later, through the `Exchange` it was given.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Protocol, cast
+
+import httptools
+import msgspec
+
+from rota.serving.frontdoor.problems import Problem
+
+Headers = list[tuple[bytes, bytes]]
+
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_NUM_PIPELINED_MAX = 16
+_DISCARDED_BYTES_MAX = 64 * 1024 * 1024
+_SWEEP_SECONDS = 1.0
+
+
+class HttpLimits(msgspec.Struct, frozen=True):
+    """What one client may ask of the server. Every limit has an answer: 413, 431, 408, 503."""
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    """About twice the text of a prompt of a million tokens."""
+    max_head_bytes: int = 32 * 1024
+    """Request line and headers together."""
+    max_connections: int = 8192
+    read_timeout_seconds: float = 60.0
+    """From the first byte of a request to its last."""
+    idle_timeout_seconds: float = 75.0
+    """How long a connection may stay open between requests."""
+    write_timeout_seconds: float = 300.0
+    """How long a client may leave what it asked for unread, before its connection is cut."""
+    write_buffer_bytes: int = 256 * 1024
+    """Bytes waiting for a slow client above which its source is asked to pause."""
+
+
+class HttpRequest:
+    """One complete request. Header names are lower-case bytes; repeated headers are joined with a comma."""
+
+    __slots__ = ("body", "headers", "method", "path")
+
+    def __init__(self, method: str, path: str, headers: Headers, body: bytes) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.body = body
+
+    def header(self, name: bytes) -> bytes | None:
+        """The value of a header, or None."""
+        found: bytes | None = None
+        for key, value in self.headers:
+            if key == name:
+                found = value if found is None else found + b", " + value
+        return found
+
+
+class ExchangeListener(Protocol):
+    """Who answers an exchange, and so wants to know what becomes of the client."""
+
+    def client_left(self) -> None:
+        """The client closed its connection before the answer was complete. Nothing may be written any more."""
+        ...
+
+    def client_stalled(self, stalled: bool) -> None:
+        """The client reads more slowly than it is written to (True), or has caught up (False)."""
+        ...
+
+
+class Exchange:
+    """One request and its one answer: either `respond`, or `start`, any number of `write`, and `end` or `cut`."""
+
+    __slots__ = ("_chunked", "_connection", "_keep_alive", "done", "listener", "num_body_bytes", "request", "status")
+
+    def __init__(self, connection: "HttpConnection", request: HttpRequest, *, keep_alive: bool, chunked: bool) -> None:
+        self.request = request
+        self.listener: ExchangeListener | None = None
+        self.status = 0
+        """Status of the answer, once it began."""
+        self.done = False
+        """Nothing more may be written: the answer is complete, or the client left."""
+        self.num_body_bytes = 0
+        self._connection = connection
+        self._keep_alive = keep_alive
+        self._chunked = chunked
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Answer in one piece."""
+        if self.done:
+            return
+        self.status = status
+        self.num_body_bytes = len(body)
+        head = self._head(status, headers)
+        head.append(b"content-length: %d\r\n\r\n" % len(body))
+        if self.request.method != "HEAD":
+            head.append(body)
+        self._connection.write(b"".join(head))
+        self._finish()
+
+    def start(self, status: int, headers: Headers, first: bytes = b"") -> None:
+        """Begin an answer of unknown length; `first` saves a system call where the first bytes are at hand."""
+        if self.done:
+            return
+        self.status = status
+        if not self._chunked:
+            self._keep_alive = False
+        head = self._head(status, headers)
+        head.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
+        if first:
+            self.num_body_bytes += len(first)
+            head.append(b"%x\r\n%b\r\n" % (len(first), first) if self._chunked else first)
+        self._connection.write(b"".join(head))
+
+    def write(self, data: bytes) -> None:
+        """Pass on some bytes of a started answer."""
+        if self.done or not data:
+            return
+        self.num_body_bytes += len(data)
+        self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def end(self, last: bytes = b"") -> None:
+        """End a started answer, whole."""
+        if self.done:
+            return
+        if self._chunked:
+            self._connection.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if last else b"0\r\n\r\n")
+        elif last:
+            self._connection.write(last)
+        self._finish()
+
+    def cut(self) -> None:
+        """Break a started answer off, so that the client sees that it is not whole."""
+        if not self.done:
+            self.done = True
+            self._connection.cut()
+
+    @property
+    def close_after(self) -> bool:
+        return not self._keep_alive
+
+    def _head(self, status: int, headers: Headers) -> list[bytes]:
+        head = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b""))]
+        head.extend(b"%b: %b\r\n" % header for header in headers)
+        if not self._keep_alive:
+            head.append(b"connection: close\r\n")
+        return head
+
+    def _finish(self) -> None:
+        self.done = True
+        self._connection.answered(self)
+
+
+class HttpConnection(asyncio.Protocol):
+    """One client connection. llhttp parses; this class bounds, queues and answers."""
+
+    def __init__(self, server: "HttpServer") -> None:
+        self._server = server
+        self._limits = server.limits
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._current: Exchange | None = None
+        self._pipelined: deque[Exchange] = deque()
+        self._closing = False
+        self._num_discarded_bytes = 0
+        self.waiting_since = time.monotonic()
+        """Start of the idle time, of the request being read, or of a write that does not get away."""
+        self._stalled = False
+        self._reading = False
+        self._begin_message()
+
+    def _begin_message(self) -> None:
+        self._url = b""
+        self._headers: Headers = []
+        self._body: list[bytes] = []
+        self._num_body_bytes = 0
+        self._num_head_bytes = 0
+        self._in_head = True
+        self._problem: Problem | None = None
+        self._message_done = False
+
+    # --- what the event loop says ------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=self._limits.write_buffer_bytes)
+        if not self._server.opened(self):
+            self._refuse(Problem(503, "too many connections", code="too_many_connections"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.closed(self)
+        self._closing = True
+        self._transport = None
+        for exchange in [*([self._current] if self._current else []), *self._pipelined]:
+            if not exchange.done:
+                exchange.done = True
+                if exchange.listener is not None:
+                    exchange.listener.client_left()
+        self._current = None
+        self._pipelined.clear()
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            self._num_discarded_bytes += len(data)
+            if self._num_discarded_bytes > _DISCARDED_BYTES_MAX:
+                self.cut()
+            return
+        if not self._reading:
+            self._reading = True
+            self.waiting_since = time.monotonic()
+        if self._in_head:
+            self._num_head_bytes += len(data)
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # An offer to change the protocol may be ignored; what follows the request is parsed as HTTP again.
+            self._parser = httptools.HttpRequestParser(self)
+            rest = data[upgrade.args[0] :] if upgrade.args else b""
+            if self._message_done and rest and not self._closing:
+                self._begin_message()
+                self._feed(rest)
+            return
+        except httptools.HttpParserError as error:
+            if self._problem is None:
+                self._problem = Problem(400, f"malformed HTTP request: {error}", code="malformed_http")
+        if self._problem is None and self._in_head and self._num_head_bytes > self._limits.max_head_bytes:
+            self._problem = self._head_too_large()
+        if self._problem is not None:
+            self._refuse(self._problem)
+
+    def eof_received(self) -> bool:
+        return False  # A client that will say no more is taken to have left.
+
+    def pause_writing(self) -> None:
+        self._stalled = True
+        self.waiting_since = time.monotonic()
+        self._tell_stalled(True)
+
+    def resume_writing(self) -> None:
+        self._stalled = False
+        self._tell_stalled(False)
+
+    def _tell_stalled(self, stalled: bool) -> None:
+        if self._current is not None and self._current.listener is not None:
+            self._current.listener.client_stalled(stalled)
+
+    # --- what the parser says -----------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        head_bytes = self._num_head_bytes
+        self._begin_message()
+        self._num_head_bytes = head_bytes
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._num_head_bytes > self._limits.max_head_bytes and self._head_bytes() > self._limits.max_head_bytes:
+            self._problem = self._head_too_large()
+            return
+        for name, value in self._headers:
+            if name == b"content-length" and int(value) > self._limits.max_body_bytes:
+                self._problem = self._body_too_large()
+                return
+            if name == b"expect" and self._parser.get_http_version() == "1.1":
+                if value.lower() != b"100-continue":
+                    self._problem = Problem(417, "the only expectation understood is 100-continue", param="expect")
+                    return
+                if self._current is None:
+                    self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        if self._problem is None:
+            self._num_body_bytes += len(body)
+            if self._num_body_bytes > self._limits.max_body_bytes:
+                self._problem = self._body_too_large()
+                self._body.clear()
+            else:
+                self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        self._message_done = True
+        self._in_head = True
+        self._num_head_bytes = 0
+        self._reading = False
+        if self._problem is not None:
+            return
+        method = self._parser.get_method().decode("ascii", "replace")
+        request = HttpRequest(method, self._server.path_of(self._url), self._headers, b"".join(self._body))
+        is_http11 = self._parser.get_http_version() == "1.1"
+        keep_alive = self._parser.should_keep_alive() and not self._server.draining
+        exchange = Exchange(self, request, keep_alive=keep_alive, chunked=is_http11)
+        if self._current is None:
+            self._answer(exchange)
+        else:
+            self._pipelined.append(exchange)
+            if len(self._pipelined) >= _NUM_PIPELINED_MAX and self._transport is not None:
+                self._transport.pause_reading()
+
+    # --- answering --------------------------------------------------------------------------------------------------
+
+    def _answer(self, exchange: Exchange) -> None:
+        self._current = exchange
+        self._server.handle(exchange)
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def answered(self, exchange: Exchange) -> None:
+        """The answer to `exchange` is complete: close, or go on with the next request of this connection."""
+        self.waiting_since = time.monotonic()
+        self._current = None
+        if self._transport is None:
+            return
+        if exchange.close_after:
+            self._closing = True
+            self._transport.close()
+        elif self._pipelined and not self._closing:
+            following = self._pipelined.popleft()
+            self._transport.resume_reading()
+            # Through the loop, so that a long pipeline of instant answers does not nest.
+            asyncio.get_running_loop().call_soon(self._answer_next, following)
+        elif self._problem is not None:
+            self._refuse(self._problem)
+
+    def _answer_next(self, exchange: Exchange) -> None:
+        if not exchange.done:
+            self._answer(exchange)
+
+    def cut(self) -> None:
+        """Close at once, with whatever was not written yet lost."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer what cannot be parsed and close. Answers to earlier requests on the connection go first."""
+        if self._closing or self._transport is None or self._current is not None:
+            return
+        self._closing = True
+        self.waiting_since = time.monotonic()
+        body = problem.body()
+        self._server.refused(problem)
+        self._transport.write(
+            b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
+            % (problem.status, _REASONS.get(problem.status, b""), len(body), body)
+        )
+        # Half-closed, and read on for a while: a reset would destroy the answer under a client that still sends.
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+
+    def overdue(self, now: float) -> None:
+        """Called about once a second: end what takes too long."""
+        waited = now - self.waiting_since
+        if self._closing:
+            if waited > 2.0:
+                self.cut()
+        elif self._stalled:
+            if waited > self._limits.write_timeout_seconds:
+                self.cut()
+        elif self._current is None:
+            if self._reading and waited > self._limits.read_timeout_seconds:
+                self._refuse(Problem(408, "the request did not arrive in time", code="request_timeout"))
+            elif not self._reading and (waited > self._limits.idle_timeout_seconds or self._server.draining):
+                self.cut()
+
+    def _head_bytes(self) -> int:
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+
+    def _head_too_large(self) -> Problem:
+        return Problem(
+            431, f"request line and headers exceed {self._limits.max_head_bytes} bytes", code="head_too_large"
+        )
+
+    def _body_too_large(self) -> Problem:
+        return Problem(413, f"the body exceeds {self._limits.max_body_bytes} bytes", code="body_too_large")
+
+
+class HttpServer:
+    """A listening socket and its connections. `handle` is called with each complete request."""
+
+    def __init__(
+        self,
+        handle: Callable[[Exchange], None],
+        *,
+        limits: HttpLimits | None = None,
+        refused: Callable[[Problem], None] = lambda problem: None,
+    ) -> None:
+        self.handle = handle
+        self.limits = limits or HttpLimits()
+        self.refused = refused
+        self.draining = False
+        """Connections close as soon as they have nothing under way."""
+        self._connections: set[HttpConnection] = set()
+        self._paths: dict[bytes, str] = {}
+        self._listener: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    @property
+    def port(self) -> int:
+        """The port listened on."""
+        assert self._listener is not None
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._connections)
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen. Raises OSError where the address cannot be had."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: HttpConnection(self), host, port, backlog=2048)
+        self._sweeper = loop.call_later(_SWEEP_SECONDS, self._sweep)
+
+    def stop_accepting(self) -> None:
+        """Take no new connections, and close those that have nothing under way."""
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        self._sweep()
+
+    def close(self) -> None:
+        """Close everything at once."""
+        self.stop_accepting()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self._connections):
+            connection.cut()
+
+    def opened(self, connection: HttpConnection) -> bool:
+        self._connections.add(connection)
+        return len(self._connections) <= self.limits.max_connections
+
+    def closed(self, connection: HttpConnection) -> None:
+        self._connections.discard(connection)
+
+    def path_of(self, url: bytes) -> str:
+        """The path of a request target; the few that are served are parsed once."""
+        path = self._paths.get(url)
+        if path is None:
+            try:
+                path = httptools.parse_url(url).path.decode("latin-1") or "/"
+            except (httptools.HttpParserInvalidURLError, AttributeError):
+                path = ""
+            if len(self._paths) < 64:
+                self._paths[url] = path
+        return path
+
+    def _sweep(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        now = time.monotonic()
+        for connection in list(self._connections):
+            connection.overdue(now)
+        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
