@@ -1,0 +1,86 @@
+"""What the live host asks of an engine, whatever it is made of. `rota.testing.engine.check_engine` proves it."""
+
+from typing import Protocol
+
+import msgspec
+
+from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
+from rota.serving.model.request import Request, RequestId
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class EngineCall(msgspec.Struct, frozen=True, gc=False):
+    """One request as an engine is sent it: the facts, and the client's own bytes."""
+
+    request: Request
+    path: str
+    """`/v1/chat/completions` or `/v1/completions`."""
+    headers: Headers
+    """To be sent along, with those of the connection itself left out."""
+    body: bytes
+    stream: bool
+
+
+class AnswerSink(Protocol):
+    """Who hears an answer: `on_head` once, `on_data` any number of times, then `on_end`; or `on_failed` in the place of
+    any of them, and nothing after it. Never called from within `submit` or `abort`."""
+
+    def on_head(self, status: int, headers: Headers) -> None:
+        """The answer begins. Header names are lower-case."""
+        ...
+
+    def on_data(self, data: bytes) -> None:
+        """Bytes of the body, as many as came at once."""
+        ...
+
+    def on_end(self) -> None:
+        """The answer is whole."""
+        ...
+
+    def on_failed(self, reason: str) -> None:
+        """The engine cannot be reached, was lost, or broke off."""
+        ...
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """A healthy engine, as a probe found it."""
+
+    spec: InstanceSpec
+    models: tuple[dict[str, object], ...] = ()
+    """Entries of its `/v1/models`."""
+
+
+class Engine(Protocol):
+    """One engine instance."""
+
+    @property
+    def id(self) -> InstanceId: ...
+
+    async def start(self) -> None:
+        """Get hold of what the engine needs; for an engine process, start it. Does not wait until it is ready."""
+        ...
+
+    async def stop(self) -> None:
+        """Give everything back. Answers under way fail."""
+        ...
+
+    async def probe(self) -> EngineStatus:
+        """What the engine is, if it is healthy now. Raises `EngineError` if it is not."""
+        ...
+
+    async def report(self) -> InstanceReport | None:
+        """Its load now, or None where it does not say. `observed_at` is left 0: the host stamps it."""
+        ...
+
+    def submit(self, call: EngineCall, sink: AnswerSink) -> None:
+        """Send a request. What comes of it, the sink hears."""
+        ...
+
+    def abort(self, request_id: RequestId) -> None:
+        """Stop working on a request; its sink hears nothing more. Unknown ids are ignored."""
+        ...
+
+    def pause(self, request_id: RequestId, paused: bool) -> None:
+        """Hold an answer back while its client reads too slowly, or let it go on. An engine may ignore it."""
+        ...

@@ -1,0 +1,132 @@
+"""From an HTTP request to the facts that policies decide on, and to the call that an engine is sent."""
+
+from rota.base.instant import Instant
+from rota.serving.engines.engine import EngineCall, Headers
+from rota.serving.frontdoor import bodies, prompts
+from rota.serving.frontdoor.http1 import HttpRequest
+from rota.serving.frontdoor.identity import PRIORITY_HEADER, REQUEST_ID_HEADER, Identity, read_identity
+from rota.serving.frontdoor.problems import Problem
+from rota.serving.model.request import DEFAULT_TENANT, ProgramId, Request, RequestId, TenantId
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of `max_tokens` for text completions."""
+
+_JSON = b"application/json"
+_NOT_FORWARDED = frozenset(
+    {
+        # Those of the connection itself (RFC 9110, 7.6.1), and those that are written anew.
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"host",
+        b"content-length",
+        b"expect",
+        # Answers pass through unparsed, so they are asked for in plain bytes.
+        b"accept-encoding",
+        REQUEST_ID_HEADER,
+    }
+)
+
+
+class Intake:
+    """Reads requests and names them. One for each front door."""
+
+    def __init__(self, *, name: str, default_max_tokens: int = 1024) -> None:
+        """`name` distinguishes the request ids of this run; `default_max_tokens` is what policies are told where the
+        client set no limit for a chat, and is not sent to the engine."""
+        self._name = name
+        self._default_max_tokens = default_max_tokens
+        self._num_requests = 0
+
+    def read(self, http: HttpRequest, now: Instant) -> EngineCall:
+        """Check a request to one of the two endpoints. Raises `Problem`, which names what is wrong."""
+        _check_media_type(http)
+        bodies.check_encoding(http.body)
+        identity = read_identity(http.headers)
+        body: bodies.Body
+        if http.path == CHAT:
+            body, messages = bodies.read_chat(http.body)
+            prompt, tools = bytes(body.messages), bytes(body.tools)
+            num_tokens = prompts.num_message_tokens(messages)
+            max_tokens = body.max_completion_tokens or body.max_tokens or self._default_max_tokens
+        else:
+            body, parsed = bodies.read_completion(http.body)
+            prompt, tools = bytes(body.prompt), b""
+            num_tokens = prompts.num_prompt_tokens(parsed)
+            max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+        request = Request(
+            id=self._request_id(identity),
+            arrived_at=now,
+            num_prompt_tokens=num_tokens,
+            max_tokens=max_tokens,
+            priority=_priority(identity, body),
+            tenant=TenantId(identity.tenant) if identity.tenant else DEFAULT_TENANT,
+            program=_program(identity, body),
+            session=_session(identity, body),
+            slo=identity.slo,
+            block_hashes=prompts.block_hashes(
+                prompt, num_tokens, (body.model or "").encode(), (body.cache_salt or "").encode(), tools
+            ),
+        )
+        return EngineCall(
+            request=request,
+            path=http.path,
+            headers=_forwarded(http.headers, request, identity),
+            body=http.body,
+            stream=bool(body.stream),
+        )
+
+    def _request_id(self, identity: Identity) -> RequestId:
+        # A number of our own at the end: clients repeat their ids, and an answer must belong to one request.
+        self._num_requests += 1
+        return RequestId(f"{identity.client_request_id or 'req'}-{self._name}-{self._num_requests}")
+
+
+def _check_media_type(http: HttpRequest) -> None:
+    media_type = http.header(b"content-type")
+    if media_type != _JSON:
+        plain = (media_type or b"").split(b";")[0].strip().lower()
+        if plain != _JSON:
+            given = plain.decode("latin-1") or "nothing"
+            raise Problem(415, f"content-type must be application/json, not {given}", param="content-type")
+    encoding = http.header(b"content-encoding")
+    if encoding is not None and encoding.strip().lower() != b"identity":
+        raise Problem(415, "compressed request bodies are not understood", param="content-encoding")
+
+
+def _priority(identity: Identity, body: bodies.Body) -> int:
+    return identity.priority if identity.priority is not None else body.priority or 0
+
+
+def _session(identity: Identity, body: bodies.Body) -> str | None:
+    return identity.session or body.session_id or (body.vllm_xargs.session_id if body.vllm_xargs else None)
+
+
+def _program(identity: Identity, body: bodies.Body) -> ProgramId | None:
+    context = body.vllm_xargs.agentic_context if body.vllm_xargs else None
+    program = identity.program or (context.program_id if context else None)
+    return ProgramId(program) if program else None
+
+
+def _forwarded(headers: Headers, request: Request, identity: Identity) -> Headers:
+    dropped = _NOT_FORWARDED
+    named = [value for name, value in headers if name == b"connection"]
+    if named:  # A client may name further headers of the connection.
+        names = b",".join(named).lower().split(b",")
+        dropped = dropped.union(name.strip() for name in names)
+    forwarded = [header for header in headers if header[0] not in dropped]
+    forwarded.append((REQUEST_ID_HEADER, request.id.encode()))
+    if identity.priority is not None:
+        # vLLM reads this header ahead of the body's field, so that the body need not be written anew.
+        forwarded = [header for header in forwarded if header[0] != PRIORITY_HEADER]
+        forwarded.append((PRIORITY_HEADER, b"%d" % identity.priority))
+    return forwarded
