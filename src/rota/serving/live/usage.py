@@ -1,0 +1,34 @@
+"""How many tokens an answer says it produced. Reads the few bytes that say so, and nothing else of an answer."""
+
+import msgspec
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+
+
+def num_output_tokens(answer: bytes) -> int | None:
+    """`usage.completion_tokens` of a whole answer, or None where it does not say."""
+    try:
+        usage = _decode(answer).usage
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return usage.completion_tokens if usage else None
+
+
+def num_streamed_tokens(data: bytes) -> int | None:
+    """The same from the last event in `data` that says so. An event that was cut in two by the network is not found."""
+    for event in reversed(data.split(b"\n\n")):
+        text = event.strip()
+        if text.startswith(b"data:") and b'"usage"' in text:
+            num_tokens = num_output_tokens(text[5:])
+            if num_tokens is not None:
+                return num_tokens
+    return None
