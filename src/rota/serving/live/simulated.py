@@ -1,0 +1,294 @@
+"""The simulated engine at the pace of real time: an instance machine on the live loop, with steps as long as a profile
+says.
+
+It needs no model. An answer is made of placeholder words, one a token, the same for the same request id; its length is
+drawn from a seeded stream and bounded by what the client asked for. Answers have the shape that an OpenAI server gives
+them.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+
+import msgspec
+
+from rota.base.errors import ConfigError, EngineError, LawBroken
+from rota.base.instant import Instant, to_seconds
+from rota.base.random_streams import RandomStreams, Stream
+from rota.runtime.live import LiveLoop
+from rota.serving.api import StepTimePredictor
+from rota.serving.assemble import System, SystemConfig, instance_name
+from rota.serving.engines.engine import AnswerSink, EngineCall, EngineStatus
+from rota.serving.instance.machine import InstanceMachine
+from rota.serving.live.placeholder import Placeholder
+from rota.serving.model.commands import InstanceCommand, RejectSequence, RunStep
+from rota.serving.model.events import SequenceAborted, SequenceArrived, StepFinished
+from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
+from rota.serving.model.request import Request, RequestId
+
+_TOKENS_PER_HASH = 64
+"""Tokens that one block hash of the front door stands for (`rota.serving.frontdoor.prompts`)."""
+_CATCH_UP_SECONDS = 0.05
+"""A step that ends late, as timers do, shortens the next by up to so much: the pace is kept, not each step."""
+
+_MEDIAN_TOKENS = 128
+_SIGMA = 0.7
+
+
+class _Wishes(msgspec.Struct):
+    """What the placeholder answer heeds of a body."""
+
+    class StreamOptions(msgspec.Struct):
+        include_usage: bool | None = None
+
+    model: str | None = None
+    n: int | None = None
+    ignore_eos: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+_wishes = msgspec.json.Decoder(_Wishes).decode
+
+
+class _Speaker:
+    """One request in the engine: who hears it, what it says, how long it will be."""
+
+    __slots__ = ("has_started", "num_spoken", "num_tokens", "placeholder", "sink", "stream")
+
+    def __init__(self, call: EngineCall, sink: AnswerSink, placeholder: Placeholder, num_tokens: int) -> None:
+        self.sink = sink
+        self.stream = call.stream
+        self.placeholder = placeholder
+        self.num_tokens = num_tokens
+        """The true length. Only the world knows it."""
+        self.num_spoken = 0
+        self.has_started = False
+
+
+class SimulatedEngine:
+    """An engine without a model, at its profile's pace."""
+
+    def __init__(
+        self,
+        loop: LiveLoop,
+        spec: InstanceSpec,
+        machine: InstanceMachine,
+        step_time: StepTimePredictor,
+        lengths: Stream,
+        *,
+        model: str = "simulated",
+    ) -> None:
+        """`machine` must have been built without leaping (`SystemConfig.is_leaping`), since every token is spoken."""
+        self.spec = spec
+        self.model = model
+        self._loop = loop
+        self._name = instance_name(spec.id)
+        self._machine = machine
+        self._step_time = step_time
+        self._lengths = lengths
+        self._longest = min(spec.limits.max_model_len, spec.limits.num_blocks * spec.limits.block_size)
+        self._speakers: dict[RequestId, _Speaker] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._step: RunStep | None = None
+        self._due_at = 0.0
+        self._is_lost = False
+        loop.add_machine(self._name, machine, self._carry_out)
+
+    @property
+    def id(self) -> InstanceId:
+        return self.spec.id
+
+    async def start(self) -> None:
+        """Nothing: it is there."""
+
+    async def stop(self) -> None:
+        """End with every answer that is under way failed."""
+        self.lose()
+
+    def lose(self) -> None:
+        """Fail as a crash would: every answer breaks off, and probes fail until `come_back`."""
+        self._is_lost = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        speakers, self._speakers = self._speakers, {}
+        for request_id, speaker in speakers.items():
+            self._loop.submit(self._name, SequenceAborted(request_id))
+            self._soon(speaker.sink.on_failed, "the simulated engine was lost")
+
+    def come_back(self) -> None:
+        """Be well again after `lose`, with the step that was under way run to its end."""
+        self._is_lost = False
+        flight, self._step = self._step, None
+        if flight is not None:
+            self._start_step(flight)
+
+    async def probe(self) -> EngineStatus:
+        if self._is_lost:
+            raise EngineError(f"{self.id}: the simulated engine was lost")
+        model = {"id": self.model, "object": "model", "created": 0, "owned_by": "rota"}
+        return EngineStatus(self.spec, ({**model, "max_model_len": self.spec.limits.max_model_len},))
+
+    async def report(self) -> InstanceReport:
+        statistics = self._machine.statistics()
+        return InstanceReport(
+            instance_id=self.id,
+            observed_at=Instant(0),
+            num_running=statistics.num_running,
+            num_waiting=statistics.num_waiting,
+            num_free_blocks=statistics.num_free_blocks,
+            num_blocks=self.spec.limits.num_blocks,
+            num_preemptions=statistics.num_preemptions,
+        )
+
+    def submit(self, call: EngineCall, sink: AnswerSink) -> None:
+        if self._is_lost:
+            self._soon(sink.on_failed, "the simulated engine was lost")
+            return
+        request = self._as_the_engine_sees_it(call.request)
+        wishes = _wishes(call.body)
+        num_tokens = self._draw_length(request, bool(wishes.ignore_eos))
+        placeholder = Placeholder(
+            request.id,
+            is_chat=call.path.startswith("/v1/chat"),
+            model=wishes.model or self.model,
+            num_choices=wishes.n or 1,
+            num_prompt_tokens=request.num_prompt_tokens,
+            finish_reason="length" if num_tokens >= request.max_tokens else "stop",
+            include_usage=bool(wishes.stream_options and wishes.stream_options.include_usage),
+        )
+        self._speakers[request.id] = _Speaker(call, sink, placeholder, num_tokens)
+        self._loop.submit(self._name, SequenceArrived(request))
+
+    def abort(self, request_id: RequestId) -> None:
+        if self._speakers.pop(request_id, None) is not None:
+            self._loop.submit(self._name, SequenceAborted(request_id))
+
+    def pause(self, request_id: RequestId, paused: bool) -> None:
+        """Ignored: a batch does not wait for one of its readers."""
+
+    # --- the world --------------------------------------------------------------------------------------------------
+
+    def _draw_length(self, request: Request, ignore_eos: bool) -> int:
+        natural = max(1, round(_MEDIAN_TOKENS * math.exp(self._lengths.normal(0.0, _SIGMA))))
+        most = max(1, min(request.max_tokens, self._longest - request.num_prompt_tokens))
+        return most if ignore_eos else min(natural, most)
+
+    def _as_the_engine_sees_it(self, request: Request) -> Request:
+        """The request with as many hashes as it has blocks here: each of the router's stands for several of ours."""
+        block_size = self.spec.limits.block_size
+        if not request.block_hashes or _TOKENS_PER_HASH % block_size:
+            return msgspec.structs.replace(request, block_hashes=())
+        per_hash = _TOKENS_PER_HASH // block_size
+        hashes = tuple(
+            [
+                (block_hash // per_hash) * per_hash + part
+                for block_hash in request.block_hashes
+                for part in range(per_hash)
+            ]
+        )
+        return msgspec.structs.replace(request, block_hashes=hashes)
+
+    def _carry_out(self, name: str, command: InstanceCommand, now: Instant) -> None:
+        if isinstance(command, RunStep):
+            if self._is_lost:
+                self._step = command
+            else:
+                self._start_step(command)
+        elif isinstance(command, RejectSequence):
+            speaker = self._speakers.pop(command.request_id, None)
+            if speaker is not None:
+                self._soon(self._refuse, speaker, command.reason)
+
+    def _start_step(self, step: RunStep) -> None:
+        prefills: list[tuple[int, int]] = []
+        num_decodes = kv_tokens = 0
+        for request_id, num_tokens in step.grants:
+            sequence = self._machine.sequence(request_id)
+            if sequence is None:  # aborted while the engine was lost
+                continue
+            if num_tokens == 1:
+                num_decodes += 1
+                kv_tokens += sequence.num_computed_tokens
+            else:
+                prefills.append((num_tokens, sequence.num_computed_tokens - num_tokens))
+        nanoseconds = 0
+        if prefills or num_decodes:
+            nanoseconds = self._step_time.step_time(
+                prefills=prefills, num_decodes=num_decodes, decode_kv_tokens=kv_tokens
+            )
+        loop = asyncio.get_running_loop()
+        self._step = step
+        self._due_at = max(self._due_at, loop.time() - _CATCH_UP_SECONDS) + to_seconds(nanoseconds)
+        self._timer = loop.call_at(self._due_at, self._end_step)
+
+    def _end_step(self) -> None:
+        step, self._step, self._timer = self._step, None, None
+        if step is None:
+            raise LawBroken(f"law 6: {self._name} was woken up without a step in flight")
+        speaking: list[tuple[RequestId, _Speaker]] = []
+        finished: list[RequestId] = []
+        for request_id, _ in step.grants:
+            sequence = self._machine.sequence(request_id)
+            speaker = self._speakers.get(request_id)
+            if sequence is None or speaker is None or sequence.num_computed_tokens != sequence.num_tokens:
+                continue
+            speaking.append((request_id, speaker))
+            if sequence.num_output_tokens + 1 >= speaker.num_tokens:
+                finished.append(request_id)
+                del self._speakers[request_id]
+        # The tokens go out first; the next step, which this starts, is planned while they are on their way.
+        for _, speaker in speaking:
+            self._speak(speaker)
+        self._loop.submit(self._name, StepFinished(step.step_id, 1, tuple(finished)))
+
+    def _speak(self, speaker: _Speaker) -> None:
+        sink, placeholder = speaker.sink, speaker.placeholder
+        index = speaker.num_spoken
+        speaker.num_spoken += 1
+        is_last = speaker.num_spoken >= speaker.num_tokens
+        if speaker.stream:
+            if not speaker.has_started:
+                speaker.has_started = True
+                sink.on_head(200, [(b"content-type", b"text/event-stream; charset=utf-8")])
+                sink.on_data(placeholder.first_event() + placeholder.token_event(index))
+            else:
+                sink.on_data(placeholder.token_event(index))
+            if is_last:
+                sink.on_data(placeholder.last_events(speaker.num_tokens))
+                sink.on_end()
+        elif is_last:
+            sink.on_head(200, [(b"content-type", b"application/json")])
+            sink.on_data(placeholder.answer(speaker.num_tokens))
+            sink.on_end()
+
+    def _refuse(self, speaker: _Speaker, reason: str) -> None:
+        error = {"message": reason, "type": "BadRequestError", "param": None, "code": 400}
+        speaker.sink.on_head(400, [(b"content-type", b"application/json")])
+        speaker.sink.on_data(msgspec.json.encode({"error": error}))
+        speaker.sink.on_end()
+
+    def _soon(self, call: Callable[..., None], *arguments: object) -> None:
+        asyncio.get_running_loop().call_soon(call, *arguments)
+
+
+def simulated_engines(
+    loop: LiveLoop, system: System, config: SystemConfig, step_time: StepTimePredictor, *, model: str = "simulated"
+) -> list[SimulatedEngine]:
+    """One simulated engine for each instance that the system was configured with.
+
+    Raises `ConfigError` if its machines may leap over steps."""
+    if config.is_leaping:
+        raise ConfigError("a live simulated engine speaks every token: build its system with is_leaping = false")
+    streams = RandomStreams(config.seed)
+    return [
+        SimulatedEngine(
+            loop,
+            spec,
+            system.instances[spec.id],
+            step_time,
+            streams.stream(f"output_length/{spec.id}"),
+            model=model,
+        )
+        for spec in config.instances
+    ]
