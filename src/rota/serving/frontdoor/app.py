@@ -1,0 +1,217 @@
+"""The OpenAI API in front of a live cluster: routes, answers, errors."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from rota.base.instant import Duration, to_seconds
+from rota.serving.engines.engine import EngineCall, Headers
+from rota.serving.frontdoor.http1 import Exchange, HttpLimits, HttpServer
+from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
+from rota.serving.frontdoor.openapi import describe
+from rota.serving.frontdoor.problems import Problem
+from rota.serving.frontdoor.telemetry import Telemetry
+from rota.serving.live.cluster import Answer, LiveCluster
+from rota.serving.live.watch import EngineWatch
+from rota.serving.model.instance import InstanceId
+
+_log = logging.getLogger(__name__)
+_JSON: Headers = [(b"content-type", b"application/json")]
+_TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+SHUTTING_DOWN = "the router is shutting down"
+"""The reason given for requests that a stopping router does not finish."""
+
+
+class FrontDoor:
+    """Answers HTTP requests with a cluster. Listens once `server.start` is awaited."""
+
+    def __init__(
+        self,
+        cluster: LiveCluster,
+        watches: list[EngineWatch],
+        *,
+        limits: HttpLimits | None = None,
+        default_max_tokens: int = 1024,
+    ) -> None:
+        self.cluster = cluster
+        self.watches = watches
+        self.telemetry = Telemetry()
+        self.server = HttpServer(self._handle, limits=limits, refused=self._refused)
+        self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens)
+        self._description = msgspec.json.encode(describe(self.server.limits))
+        self._routes: dict[str, tuple[str, Callable[[Exchange], None]]] = {
+            CHAT: ("POST", self._generate),
+            COMPLETIONS: ("POST", self._generate),
+            "/v1/models": ("GET", self._models),
+            "/health": ("GET", self._health),
+            "/metrics": ("GET", self._metrics),
+            "/openapi.json": ("GET", self._openapi),
+        }
+
+    def _handle(self, exchange: Exchange) -> None:
+        request = exchange.request
+        try:
+            route = self._routes.get(request.path)
+            if route is None:
+                raise Problem(404, f"there is no {request.path or 'such path'} here", code="not_found")
+            method, answer = route
+            if request.method != method and not (method == "GET" and request.method == "HEAD"):
+                raise Problem(405, f"{request.path} takes {method}, not {request.method}", code="method_not_allowed")
+            answer(exchange)
+        except Problem as problem:
+            self._answer_problem(exchange, problem)
+        except Exception:
+            _log.exception("while answering %s %s", request.method, request.path)
+            self._answer_problem(exchange, Problem(500, "an internal error of the router", code="internal_error"))
+
+    def _answer_problem(self, exchange: Exchange, problem: Problem) -> None:
+        headers = problem.headers()
+        route = self._routes.get(exchange.request.path)
+        if problem.status == 405 and route is not None:
+            headers.append((b"allow", b"GET, HEAD" if route[0] == "GET" else route[0].encode()))
+        self.count(exchange, problem.status)
+        exchange.respond(problem.status, headers, problem.body())
+
+    def _refused(self, problem: Problem) -> None:
+        self.telemetry.answered("other", problem.status)
+
+    def count(self, exchange: Exchange, status: int) -> None:
+        """Count an answer."""
+        path = exchange.request.path
+        self.telemetry.answered(path if path in self._routes else "other", status)
+
+    # --- endpoints --------------------------------------------------------------------------------------------------
+
+    def _generate(self, exchange: Exchange) -> None:
+        if self.server.draining:
+            raise Problem(503, SHUTTING_DOWN, code="shutting_down", retry_after_seconds=5)
+        call = self._intake.read(exchange.request, self.cluster.loop.now())
+        self.telemetry.prompt_tokens.inc(call.request.num_prompt_tokens)
+        client = _Conversation(self, exchange, call)
+        exchange.listener = client
+        self.cluster.submit(call, client)
+
+    def _models(self, exchange: Exchange) -> None:
+        merged: dict[object, dict[str, object]] = {}
+        for _, status in sorted(self.cluster.statuses.items()):
+            for model in status.models:
+                merged.setdefault(model.get("id"), model)
+        self._send(exchange, 200, {"object": "list", "data": list(merged.values())})
+
+    def _health(self, exchange: Exchange) -> None:
+        num_ready = len(self.cluster.statuses)
+        instances = {
+            watch.engine.id: {"ready": watch.is_ready, "why_not": None if watch.is_ready else watch.last_error}
+            for watch in self.watches
+        }
+        healthy = num_ready > 0 and not self.server.draining
+        self._send(
+            exchange,
+            200 if healthy else 503,
+            {"status": "ok" if healthy else "unavailable", "num_ready": num_ready, "instances": instances},
+        )
+
+    def _metrics(self, exchange: Exchange) -> None:
+        in_flight = dict.fromkeys(self.cluster.engines, 0)
+        for flight in self.cluster.flights.values():
+            if flight.attempt is not None and not flight.attempt.is_over:
+                in_flight[flight.attempt.instance_id] += 1
+        for engine_id, num_requests in in_flight.items():
+            self.telemetry.set_instance(engine_id, num_requests, engine_id in self.cluster.statuses)
+        self.telemetry.unfinished.set(len(self.cluster.flights))
+        self.count(exchange, 200)
+        exchange.respond(200, _TEXT, self.telemetry.page())
+
+    def _openapi(self, exchange: Exchange) -> None:
+        self.count(exchange, 200)
+        exchange.respond(200, _JSON, self._description)
+
+    def _send(self, exchange: Exchange, status: int, value: object) -> None:
+        self.count(exchange, status)
+        exchange.respond(status, _JSON, msgspec.json.encode(value))
+
+
+class _Conversation:
+    """One request to an engine, seen from its client: hears the cluster and writes the answer."""
+
+    __slots__ = ("_door", "_exchange", "_has_started", "_request_id", "_started_at")
+
+    def __init__(self, door: FrontDoor, exchange: Exchange, call: EngineCall) -> None:
+        self._door = door
+        self._exchange = exchange
+        self._request_id = call.request.id
+        self._has_started = False
+        self._started_at = time.monotonic()
+
+    # --- from the connection ----------------------------------------------------------------------------------------
+
+    def client_left(self) -> None:
+        self._door.telemetry.clients_left.inc()
+        self._door.cluster.client_left(self._request_id)
+
+    def client_stalled(self, stalled: bool) -> None:
+        self._door.cluster.client_stalled(self._request_id, stalled)
+
+    # --- from the cluster -------------------------------------------------------------------------------------------
+
+    def on_dispatched(self, instance_id: InstanceId, attempt: int) -> None:
+        if attempt > 1:
+            self._door.telemetry.retries.inc()
+
+    def on_start(self, status: int, headers: Headers, first: bytes) -> None:
+        self._has_started = True
+        self._door.telemetry.ttft.observe(time.monotonic() - self._started_at)
+        self._exchange.start(status, self._named(headers), first)
+
+    def on_data(self, data: bytes) -> None:
+        self._exchange.write(data)
+
+    def on_end(self, num_output_tokens: int | None) -> None:
+        self._finished(self._exchange.status, num_output_tokens)
+        self._exchange.end()
+
+    def on_answer(self, answer: Answer, num_output_tokens: int | None) -> None:
+        self._finished(answer.status, num_output_tokens)
+        self._exchange.respond(answer.status, self._named(answer.headers), answer.body)
+
+    def on_refused(self, status: int, reason: str, retry_after: Duration | None) -> None:
+        self._door.telemetry.rejections.labels(str(status)).inc()
+        seconds = None if retry_after is None else max(1, round(to_seconds(retry_after)))
+        self._problem(Problem(status, reason, code="rejected", retry_after_seconds=seconds))
+
+    def on_failed(self, reason: str, answer: Answer | None) -> None:
+        if answer is not None and not self._has_started:
+            # The engine's own words say best what is wrong.
+            if answer.status >= 500:
+                self._door.telemetry.engine_failures.inc()
+            self._door.count(self._exchange, answer.status)
+            self._exchange.respond(answer.status, self._named(answer.headers), answer.body)
+            return
+        self._door.telemetry.engine_failures.inc()
+        status = 503 if reason == SHUTTING_DOWN else 502
+        self._problem(Problem(status, reason, code="engine_lost" if status == 502 else "shutting_down"))
+
+    def _problem(self, problem: Problem) -> None:
+        self._door.count(self._exchange, problem.status)
+        if self._has_started:
+            # The status is out already, so the error is the last event, and no [DONE] follows it.
+            self._exchange.end(b"\n\n" + problem.as_event())
+        else:
+            headers = problem.headers()
+            headers.append((b"x-request-id", self._request_id.encode()))
+            self._exchange.respond(problem.status, headers, problem.body())
+
+    def _finished(self, status: int, num_output_tokens: int | None) -> None:
+        telemetry = self._door.telemetry
+        telemetry.e2e.observe(time.monotonic() - self._started_at)
+        if num_output_tokens:
+            telemetry.output_tokens.inc(num_output_tokens)
+        self._door.count(self._exchange, status)
+
+    def _named(self, headers: Headers) -> Headers:
+        named = [header for header in headers if header[0] != b"x-request-id"]
+        named.append((b"x-request-id", self._request_id.encode()))
+        return named

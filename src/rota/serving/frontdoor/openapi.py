@@ -1,0 +1,174 @@
+"""The router's own description, OpenAPI 3.1: what `/openapi.json` answers, and what a fuzzer is let loose with."""
+
+from typing import Any
+
+import msgspec
+
+from rota.serving.frontdoor.bodies import Body, ContentPart, Message
+from rota.serving.frontdoor.http1 import HttpLimits
+
+_JSON = "application/json"
+_ERROR = {"$ref": "#/components/schemas/Error"}
+_PRIORITY_MAX = 2**31 - 1
+
+
+def describe(limits: HttpLimits) -> dict[str, Any]:
+    """The description of a front door with these limits."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Rota router",
+            "version": "1",
+            "description": "The OpenAI API in front of any number of engines. Fields that are not listed pass "
+            "untouched to the engine.",
+        },
+        "paths": {
+            "/v1/chat/completions": {"post": _generation("createChatCompletion", "ChatBody", limits)},
+            "/v1/completions": {"post": _generation("createCompletion", "CompletionBody", limits)},
+            "/v1/models": {"get": _page("listModels", "Models of all ready instances", _JSON, "Models")},
+            "/health": {
+                "get": _page(
+                    "health",
+                    "At least one instance takes requests",
+                    _JSON,
+                    "Health",
+                    more={"503": _answer("No instance does", _JSON, "Health")},
+                )
+            },
+            "/metrics": {"get": _page("metrics", "Prometheus text format", "text/plain", None)},
+            "/openapi.json": {"get": _page("describe", "This description", _JSON, None)},
+        },
+        "components": {"schemas": _schemas()},
+    }
+
+
+def _generation(operation: str, body: str, limits: HttpLimits) -> dict[str, Any]:
+    problems = {
+        "400": "The request is malformed; `param` names the field or header",
+        "413": f"The body exceeds {limits.max_body_bytes} bytes",
+        "415": "The body is not JSON",
+        "429": "A limit of the client's own",
+        "502": "Every attempt at an engine failed",
+        "503": "Overloaded, or no instance is ready; see Retry-After",
+    }
+    return {
+        "operationId": operation,
+        "parameters": _identity_headers(),
+        "requestBody": {
+            "required": True,
+            "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{body}"}}},
+        },
+        "responses": {
+            "200": {
+                "description": "The answer of an engine. A stream whose engine is lost ends with an event that has an "
+                "`error`, and without `[DONE]`",
+                "content": {_JSON: {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}},
+            },
+            **{
+                status: {"description": text, "content": {_JSON: {"schema": _ERROR}}}
+                for status, text in problems.items()
+            },
+            "default": {
+                "description": "Any other answer of an engine, unchanged",
+                "content": {_JSON: {"schema": {"type": "object"}}},
+            },
+        },
+    }
+
+
+def _page(
+    operation: str, text: str, media_type: str, schema: str | None, *, more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"operationId": operation, "responses": {"200": _answer(text, media_type, schema), **(more or {})}}
+
+
+def _answer(text: str, media_type: str, schema: str | None) -> dict[str, Any]:
+    content = {"$ref": f"#/components/schemas/{schema}"} if schema else {}
+    return {"description": text, "content": {media_type: {"schema": content}}}
+
+
+def _identity_headers() -> list[dict[str, Any]]:
+    name = {"type": "string", "pattern": "^[!-~]([ -~]{0,254}[!-~])?$"}
+    whole = {"type": "integer", "minimum": -_PRIORITY_MAX, "maximum": _PRIORITY_MAX}
+    milliseconds = {"type": "number", "exclusiveMinimum": 0, "maximum": 86_400_000}
+    headers = [
+        ("x-gateway-inference-fairness-id", name, "Tenant"),
+        ("x-gateway-inference-objective", whole, "Class: higher is more urgent, negative is sheddable"),
+        ("x-vllm-priority", whole, "Class: lower is more urgent"),
+        ("x-session-id", name, "Session"),
+        ("x-dynamo-session-id", name, "Session, if x-session-id is absent"),
+        ("x-dynamo-trajectory-id", name, "Program"),
+        ("x-slo-ttft-ms", milliseconds, "Target: arrival to first token"),
+        ("x-slo-tpot-ms", milliseconds, "Target: mean time per output token after the first"),
+        ("x-request-id", name, "Beginning of the request's id"),
+    ]
+    return [
+        {"name": header, "in": "header", "required": False, "schema": schema, "description": text}
+        for header, schema, text in headers
+    ]
+
+
+def _schemas() -> dict[str, Any]:
+    # The structs that check a body also describe it, so that the two cannot differ.
+    _, components = msgspec.json.schema_components(
+        [Body, Message, ContentPart], ref_template="#/components/schemas/{name}"
+    )
+    common = components.pop("Body")["properties"]
+    common["model"] = {**common["model"], "examples": ["simulated"]}
+    components["ChatBody"] = {
+        "type": "object",
+        "required": ["messages"],
+        "properties": {
+            **common,
+            "max_completion_tokens": common["max_tokens"],
+            "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}},
+        },
+    }
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _PRIORITY_MAX}}
+    components["CompletionBody"] = {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": {
+            **common,
+            "prompt": {
+                "oneOf": [
+                    {"type": "string"},
+                    {"type": "array", "minItems": 1, "items": {"type": "string"}},
+                    {**ids, "minItems": 1},
+                    {"type": "array", "minItems": 1, "items": ids},
+                ]
+            },
+        },
+    }
+    nullable = {"type": ["string", "null"]}
+    components["Error"] = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": {"type": "string"},
+                    "type": {"type": "string"},
+                    "param": nullable,
+                    "code": {"type": ["string", "integer", "null"]},
+                },
+            }
+        },
+    }
+    components["Models"] = {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": {"type": "object"}}},
+    }
+    components["Health"] = {
+        "type": "object",
+        "required": ["status", "num_ready", "instances"],
+        "properties": {
+            "status": {"enum": ["ok", "unavailable"]},
+            "num_ready": {"type": "integer", "minimum": 0},
+            "instances": {"type": "object"},
+        },
+    }
+    return components

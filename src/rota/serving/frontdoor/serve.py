@@ -1,0 +1,183 @@
+"""Runs a router from start to end: engines, watches, front door, and an orderly stop."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+
+import msgspec
+
+from rota.base.errors import ConfigError, EngineError
+from rota.runtime.live import LiveLoop
+from rota.serving.cluster.machine import ClusterMachine
+from rota.serving.engines.engine import Engine
+from rota.serving.engines.managed import ManagedEngine
+from rota.serving.frontdoor.app import SHUTTING_DOWN, FrontDoor
+from rota.serving.frontdoor.http1 import HttpLimits
+from rota.serving.live.cluster import LiveCluster
+from rota.serving.live.watch import EngineWatch, WatchSettings
+
+_log = logging.getLogger(__name__)
+
+
+class ServeConfig(msgspec.Struct, frozen=True):
+    """How a router serves. What decides is in the machine, not here."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 lets the system choose."""
+    drain_seconds: float = 30.0
+    """How long requests under way may go on after the first SIGINT or SIGTERM."""
+    start_timeout_seconds: float = 300.0
+    """How long the first instance may take to become ready, where `serve` waits for it."""
+    first_byte_timeout_seconds: float | None = None
+    """After how much silence an engine is taken to hang; None is never."""
+    default_max_tokens: int = 1024
+    """What policies are told where a client sets no limit."""
+    http: HttpLimits = HttpLimits()
+    watch: WatchSettings = WatchSettings()
+
+
+class Router:
+    """A running router. `async with` starts and stops it; tests use it so, `serve` adds the signals."""
+
+    def __init__(self, config: ServeConfig, loop: LiveLoop, machine: ClusterMachine, engines: Sequence[Engine]) -> None:
+        self.config = config
+        self.engines = engines
+        self.cluster = LiveCluster(loop, machine, engines, first_byte_timeout_seconds=config.first_byte_timeout_seconds)
+        self.watches = [EngineWatch(engine, self.cluster, config.watch) for engine in engines]
+        self.door = FrontDoor(
+            self.cluster, self.watches, limits=config.http, default_max_tokens=config.default_max_tokens
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._started: list[Engine] = []
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self.config.host}:{self.door.server.port}"
+
+    async def __aenter__(self) -> "Router":
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop(drain_seconds=0.0)
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop(drain_seconds=0.0)
+
+    async def _start(self) -> None:
+        try:
+            await self.door.server.start(self.config.host, self.config.port)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {self.config.host}:{self.config.port}: {error.strerror or error}",
+                hint="another server may have the port; choose another with --port",
+            ) from None
+        for engine, watch in zip(self.engines, self.watches, strict=True):
+            if isinstance(engine, ManagedEngine):
+                engine.on_exit(watch.engine_exited)
+            self._started.append(engine)
+            await engine.start()
+            self._tasks.append(asyncio.create_task(watch.run(), name=f"watch {engine.id}"))
+
+    async def wait_ready(self, num_instances: int = 1, timeout_seconds: float | None = None) -> None:
+        """Wait until so many instances are ready. Raises `EngineError` that says why they are not."""
+        limit = self.config.start_timeout_seconds if timeout_seconds is None else timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                while len(self.cluster.statuses) < num_instances:
+                    self._raise_if_hopeless()
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            why = "\n".join(f"{watch.engine.id}: {watch.last_error}" for watch in self.watches if not watch.is_ready)
+            raise EngineError(
+                f"after {limit:g} s only {len(self.cluster.statuses)} of {num_instances} instances are ready:\n{why}"
+            ) from None
+
+    def _raise_if_hopeless(self) -> None:
+        given_up = [
+            engine.process.given_up
+            for engine in self.engines
+            if isinstance(engine, ManagedEngine) and engine.process.given_up is not None
+        ]
+        if given_up and len(given_up) == len(self.engines):
+            raise EngineError("\n".join(given_up))
+
+    async def drain(self, seconds: float) -> int:
+        """Take nothing new and let what is under way go on for so long. Returns how many requests are left."""
+        self.door.server.stop_accepting()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.cluster.flights:
+                    await asyncio.sleep(0.02)
+        return len(self.cluster.flights)
+
+    async def stop(self, *, drain_seconds: float) -> None:
+        """Stop in order: new requests, requests under way, watches, engines, connections."""
+        num_left = await self.drain(drain_seconds)
+        if num_left:
+            _log.warning("%d requests were not finished in time and end with an error", num_left)
+            self.cluster.fail_all(SHUTTING_DOWN)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(engine.stop() for engine in self._started))
+        await asyncio.sleep(0)  # Let what was written last get away.
+        self.door.server.close()
+        self.cluster.loop.close()
+
+
+async def serve(
+    config: ServeConfig,
+    *,
+    loop: LiveLoop,
+    machine: ClusterMachine,
+    engines: Sequence[Engine],
+    on_ready: Callable[[Router], None] = lambda router: None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, then drain and stop; a second signal stops at once.
+
+    `on_ready` is called when the first instance takes requests. Raises `ConfigError` if the port cannot be had, and
+    `EngineError` if no instance gets ready in time. `loop` should be new: the router adds its machine to it.
+    """
+    stopping, hurrying = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurrying if stopping.is_set() else stopping).set()
+
+    running = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        running.add_signal_handler(number, signalled)
+    router = Router(config, loop, machine, engines)
+    try:
+        async with router:
+            if await _unless(stopping, router.wait_ready()):
+                on_ready(router)
+                await stopping.wait()
+            draining = asyncio.create_task(router.drain(config.drain_seconds))
+            if not await _unless(hurrying, draining):
+                for engine in engines:
+                    if isinstance(engine, ManagedEngine):
+                        engine.process.kill()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            running.remove_signal_handler(number)
+
+
+async def _unless(event: asyncio.Event, work: asyncio.Task[int] | Coroutine[object, object, None]) -> bool:
+    """Await `work`, unless the event comes first; whether it was the work."""
+    task = asyncio.ensure_future(work)
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+            return True
+        return False
+    finally:
+        task.cancel()
+        waiting.cancel()

@@ -1,0 +1,63 @@
+"""What the router says of itself on `/metrics`. Labels are bounded: no tenant, model or client string is ever one."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Telemetry:
+    """Counters and histograms of one front door. Times count from the arrival of the whole request."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter("rota:requests", "Answered requests", ["endpoint", "status"], registry=self.registry)
+        self._requests_of: dict[tuple[str, int], Counter] = {}
+        self.rejections = Counter(
+            "rota:rejections", "Requests that a policy or a full queue refused", ["status"], registry=self.registry
+        )
+        self.retries = Counter("rota:retries", "Attempts beyond the first", registry=self.registry)
+        self.clients_left = Counter(
+            "rota:clients_left", "Clients that left before their answer was complete", registry=self.registry
+        )
+        self.engine_failures = Counter(
+            "rota:engine_failures", "Requests that ended in an error of an engine", registry=self.registry
+        )
+        self.output_tokens = Counter(
+            "rota:generation_tokens", "Output tokens, where the engine said how many", registry=self.registry
+        )
+        self.prompt_tokens = Counter("rota:prompt_tokens", "Prompt tokens, as estimated", registry=self.registry)
+        self.ttft = Histogram(
+            "rota:time_to_first_token_seconds",
+            "Arrival to the first bytes of a stream",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.e2e = Histogram(
+            "rota:e2e_request_latency_seconds",
+            "Arrival to the end of a good answer",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._in_flight = Gauge(
+            "rota:num_requests_in_flight", "Dispatched and not yet ended", ["instance"], registry=self.registry
+        )
+        self._ready = Gauge(
+            "rota:instance_ready", "1 if the instance takes requests", ["instance"], registry=self.registry
+        )
+        self.unfinished = Gauge("rota:num_requests_unfinished", "Entered and not yet ended", registry=self.registry)
+
+    def answered(self, endpoint: str, status: int) -> None:
+        """Count an answer to a known endpoint (or `other`)."""
+        child = self._requests_of.get((endpoint, status))
+        if child is None:
+            child = self._requests_of[(endpoint, status)] = self._requests.labels(endpoint, str(status))
+        child.inc()
+
+    def set_instance(self, instance: str, num_in_flight: int, ready: bool) -> None:
+        """State of one instance, set when the page is asked for."""
+        self._in_flight.labels(instance).set(num_in_flight)
+        self._ready.labels(instance).set(1 if ready else 0)
+
+    def page(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)

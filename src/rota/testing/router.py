@@ -1,0 +1,60 @@
+"""A router over simulated engines, in this process and on a port of its own: to try clients and policies on."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from rota.base.journal import Journal, header_for
+from rota.runtime.clocks import SystemClock
+from rota.runtime.live import LiveLoop
+from rota.serving.api import StepTimePredictor
+from rota.serving.assemble import SystemConfig, build
+from rota.serving.engines.engine import Engine
+from rota.serving.frontdoor.serve import Router, ServeConfig
+from rota.serving.live.simulated import SimulatedEngine, simulated_engines
+from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
+from rota.serving.predictors.step_time.affine import AffineStepTime
+from rota.serving.stack import StackConfig
+
+
+@dataclass(frozen=True)
+class RunningRouter:
+    """What a test holds of a router that runs."""
+
+    router: Router
+    config: SystemConfig
+    journal: Journal
+    simulated: Sequence[SimulatedEngine]
+
+    @property
+    def url(self) -> str:
+        return self.router.url
+
+
+@asynccontextmanager
+async def running_router(
+    *,
+    num_simulated: int = 2,
+    engines: Sequence[Engine] = (),
+    stack: StackConfig | None = None,
+    limits: InstanceLimits | None = None,
+    step_time: StepTimePredictor | None = None,
+    serve: ServeConfig | None = None,
+    seed: int = 0,
+) -> AsyncIterator[RunningRouter]:
+    """Run a router over simulated engines `sim-0`, `sim-1`, …, and over any others that are given; its journal keeps
+    its rows. Steps take about a millisecond unless `step_time` says otherwise."""
+    specs = tuple(
+        InstanceSpec(InstanceId(f"sim-{index}"), limits or InstanceLimits(num_blocks=4096))
+        for index in range(num_simulated)
+    )
+    config = SystemConfig(stack=stack or StackConfig(), instances=specs, seed=seed, is_leaping=False)
+    journal = Journal(header_for(config, seed), keep_rows=True)
+    loop = LiveLoop(SystemClock(), journal)
+    system = build(config)
+    predictor = step_time or AffineStepTime(base_ms=1.0, token_us=0.0, kv_token_ns=0.0, seq_us=0.0)
+    simulated = simulated_engines(loop, system, config, predictor)
+    router = Router(serve or ServeConfig(port=0), loop, system.cluster, [*simulated, *engines])
+    async with router:
+        await router.wait_ready(len(router.engines), timeout_seconds=10.0)
+        yield RunningRouter(router, config, journal, simulated)
