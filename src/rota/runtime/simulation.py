@@ -92,8 +92,8 @@ class SimulationLoop:
         return item is not None
 
     def peek_time(self) -> Instant | None:
-        """When the next thing on the list will happen, or None if the list is empty: a world that plays out a stretch of
-        time at once need not look further."""
+        """When the next thing will happen, or None if nothing will: a world that plays out a stretch of time at once
+        need not look further."""
         return self._queue.peek_time()
 
     def deliver(self, machine_name: str, event: object) -> None:
