@@ -406,16 +406,12 @@ class HttpServer:
         self.refused = refused
         self.draining = False
         """Connections close as soon as they have nothing under way."""
+        self.port = 0
+        """The port listened on, once it is."""
         self._connections: set[HttpConnection] = set()
         self._paths: dict[bytes, str] = {}
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
-
-    @property
-    def port(self) -> int:
-        """The port listened on."""
-        assert self._listener is not None
-        return int(self._listener.sockets[0].getsockname()[1])
 
     @property
     def num_connections(self) -> int:
@@ -425,6 +421,7 @@ class HttpServer:
         """Listen. Raises OSError where the address cannot be had."""
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(lambda: HttpConnection(self), host, port, backlog=2048)
+        self.port = int(self._listener.sockets[0].getsockname()[1])
         self._sweeper = loop.call_later(_SWEEP_SECONDS, self._sweep)
 
     def stop_accepting(self) -> None:
