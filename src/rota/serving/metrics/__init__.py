@@ -1,0 +1,1 @@
+"""Every metric defined once, and the tables and figures made of them."""

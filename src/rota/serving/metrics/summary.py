@@ -1,0 +1,159 @@
+"""A run in one object, as `--json` prints it: in all, by class and by tenant."""
+
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from rota.base.instant import NANOSECONDS_PER_SECOND
+from rota.serving.metrics.definitions import (
+    Distribution,
+    RequestRecord,
+    distribution_ms,
+    per_second,
+    prefix_hit_rate,
+    slo_attainment,
+)
+
+
+class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a summary says of a run that its requests do not know."""
+
+    num_steps: int
+    num_preemptions: int
+    num_cached_tokens: int
+    """Prompt tokens found in a prefix cache."""
+    num_queried_tokens: int
+    """Prompt tokens that were looked up in one."""
+    cpu_seconds: float
+    peak_rss_mb: float
+    seed: int | None
+    config_hash: str
+    journal_digest: str | None
+    version: str
+
+
+class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a set of requests. Latencies are of those that finished; TTFT of all that got a first token.
+
+    `slo_attainment` has all requests in its denominator. Where no targets were given, all that finished meet them.
+    """
+
+    num_requests: int
+    num_finished: int
+    num_rejected: int
+    num_failed: int
+    num_aborted: int
+    ttft_ms: Distribution
+    tpot_ms: Distribution
+    e2e_ms: Distribution
+    goodput_rps: float | None
+    slo_attainment: float | None
+    output_tokens_per_second: float | None
+
+
+class ClassSummary(GroupSummary, frozen=True, kw_only=True):
+    """The requests of one priority."""
+
+    priority: int
+
+
+class TenantSummary(GroupSummary, frozen=True, kw_only=True):
+    """The requests of one tenant."""
+
+    tenant: str
+
+
+class Summary(GroupSummary, frozen=True, kw_only=True):
+    """A whole run. Every value is JSON-safe: None where there is nothing to say, never NaN."""
+
+    span_seconds: float
+    """From the first arrival to the last end."""
+    num_preemptions: int
+    prefix_hit_rate: float | None
+    num_steps: int
+    cpu_seconds: float
+    peak_rss_mb: float
+    seed: int | None
+    config_hash: str
+    journal_digest: str | None
+    version: str
+    by_class: tuple[ClassSummary, ...]
+    """Highest class, that is lowest number, first."""
+    by_tenant: tuple[TenantSummary, ...]
+    """By name."""
+
+
+class _Group:
+    """Counts of one set of requests, and 8 bytes a request for each latency, so that percentiles are exact."""
+
+    def __init__(self) -> None:
+        self.counts = {"finished": 0, "rejected": 0, "failed": 0, "aborted": 0}
+        self.num_met = 0
+        self.num_output_tokens = 0
+        self.ttft, self.tpot, self.e2e = array("q"), array("q"), array("q")
+
+    def add(self, record: RequestRecord) -> None:
+        self.counts[record.status] += 1
+        self.num_met += record.meets_slo
+        self.num_output_tokens += record.num_output_tokens
+        for values, value in ((self.ttft, record.ttft), (self.tpot, record.tpot), (self.e2e, record.e2e)):
+            if value is not None:
+                values.append(value)
+
+    def summary(self, span: int) -> GroupSummary:
+        num_requests = sum(self.counts.values())
+        return GroupSummary(
+            num_requests=num_requests,
+            num_finished=self.counts["finished"],
+            num_rejected=self.counts["rejected"],
+            num_failed=self.counts["failed"],
+            num_aborted=self.counts["aborted"],
+            ttft_ms=distribution_ms(self.ttft),
+            tpot_ms=distribution_ms(self.tpot),
+            e2e_ms=distribution_ms(self.e2e),
+            goodput_rps=per_second(self.num_met, span),
+            slo_attainment=slo_attainment(self.num_met, num_requests),
+            output_tokens_per_second=per_second(self.num_output_tokens, span),
+        )
+
+
+def summarize(records: Iterable[RequestRecord], facts: RunFacts) -> Summary:
+    """The summary of a run, in one pass over its records in any order.
+
+    Rates of classes and tenants are over the span of the whole run, so that they add up.
+    """
+    total = _Group()
+    classes: dict[int, _Group] = {}
+    tenants: dict[str, _Group] = {}
+    begins: int | None = None
+    ends = 0
+    for record in records:
+        total.add(record)
+        classes.setdefault(record.priority, _Group()).add(record)
+        tenants.setdefault(record.tenant, _Group()).add(record)
+        begins = record.arrived_at if begins is None else min(begins, record.arrived_at)
+        ends = max(ends, record.finished_at)
+    span = 0 if begins is None else ends - begins
+    by_class = [(priority, classes[priority].summary(span)) for priority in sorted(classes)]
+    by_tenant = [(tenant, tenants[tenant].summary(span)) for tenant in sorted(tenants)]
+    return Summary(
+        **_fields(total.summary(span)),
+        span_seconds=span / NANOSECONDS_PER_SECOND,
+        num_preemptions=facts.num_preemptions,
+        prefix_hit_rate=prefix_hit_rate(facts.num_cached_tokens, facts.num_queried_tokens),
+        num_steps=facts.num_steps,
+        cpu_seconds=facts.cpu_seconds,
+        peak_rss_mb=facts.peak_rss_mb,
+        seed=facts.seed,
+        config_hash=facts.config_hash,
+        journal_digest=facts.journal_digest,
+        version=facts.version,
+        by_class=tuple(ClassSummary(priority=priority, **_fields(group)) for priority, group in by_class),
+        by_tenant=tuple(TenantSummary(tenant=tenant, **_fields(group)) for tenant, group in by_tenant),
+    )
+
+
+def _fields(group: GroupSummary) -> dict[str, Any]:
+    return {name: getattr(group, name) for name in GroupSummary.__struct_fields__}
