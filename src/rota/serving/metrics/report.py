@@ -100,7 +100,7 @@ def latency_figure(records: Sequence[RequestRecord]) -> Any:
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(title_text="ms", type="log", dtick=1, gridcolor=_GRID, exponentformat="none")
+    figure.update_xaxes(title_text="ms", type="log", gridcolor=_GRID, exponentformat="none")
     figure.update_yaxes(gridcolor=_GRID, rangemode="tozero")
     figure.update_yaxes(title_text="share of requests", row=1, col=1)
     return _styled(figure).update_layout(height=420)
