@@ -1,12 +1,13 @@
-"""The one place where a system is put together: command line, simulator, live host, replay and tests all call `build`."""
+"""The one place where a system is put together: command line, simulator, live host, replay and tests all call
+`build`."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from rota.base.errors import ConfigError
-from rota.base.journal import RowTypes
+from rota.base.errors import ConfigError, DataError
+from rota.base.journal import Header, RowTypes, header_for
 from rota.base.machine import Machine
 from rota.base.random_streams import RandomStreams
 from rota.serving.cluster.machine import ClusterMachine
@@ -49,6 +50,23 @@ class System:
         named: dict[str, Machine[Any, Any]] = {CLUSTER: self.cluster}
         named.update({instance_name(instance_id): machine for instance_id, machine in self.instances.items()})
         return named
+
+
+def header_of(config: SystemConfig) -> Header:
+    """The journal header of a run; equal configurations have equal hashes, in every process."""
+    return header_for(msgspec.to_builtins(config, order="deterministic"), config.seed)
+
+
+def config_of(header: Header) -> SystemConfig:
+    """The configuration that a journal's header carries. Raises `DataError` if it holds none that this version
+    knows."""
+    try:
+        return msgspec.convert(header.config, SystemConfig)
+    except msgspec.ValidationError as error:
+        raise DataError(
+            f"the journal's configuration cannot be used: {error}",
+            hint=f"it was written by version {header.rota_version}",
+        ) from None
 
 
 def instance_name(instance_id: InstanceId, incarnation: int = 0) -> str:

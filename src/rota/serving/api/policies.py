@@ -50,8 +50,8 @@ class OrderPolicy(Protocol):
         ...
 
     def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
-        """Whether `waiting`, if it cannot start otherwise, may have `running` preempted. Must never hold between equals,
-        nor both ways, and must hold for all that rank behind a sequence for which it holds."""
+        """Whether `waiting`, if it cannot start otherwise, may have `running` preempted. Must never hold between
+        equals, nor both ways, and must hold for all that rank behind a sequence for which it holds."""
         ...
 
 
@@ -91,8 +91,8 @@ class BatchDraft(Protocol):
         ...
 
     def line_up(self, running: Sequence[SequenceView]) -> None:
-        """Say in which order this step serves the running sequences. The memory policy takes its victims from this line;
-        without a call it is the order of admission."""
+        """Say in which order this step serves the running sequences. The memory policy takes its victims from this
+        line; without a call it is the order of admission."""
         ...
 
     def displace(self, order: OrderPolicy) -> int:
@@ -171,7 +171,6 @@ class StepTimePredictor(Protocol):
         """Nanoseconds for one step.
 
         `prefills` lists `(new_tokens, context_tokens)` for every sequence that computes more than one token, context
-        being what is computed already. `num_decodes` sequences compute one token each, over `decode_kv_tokens` tokens of
-        context in all. Positive for any non-empty step, and never falls when work is added.
-        """
+        being what is computed already. `num_decodes` sequences compute one token each, over `decode_kv_tokens` tokens
+        of context in all. Positive for any non-empty step, and never falls when work is added."""
         ...

@@ -148,6 +148,3 @@ class ClusterView(Protocol):
     @property
     def instances(self) -> Sequence[InstanceView]: ...
     def __iter__(self) -> Iterator[InstanceView]: ...
-
-
-

@@ -21,10 +21,9 @@ def choose_displaced(
     memory policy names victims among those it may displace until it can; if all of them together would not do, nobody
     goes and the walk ends.
 
-    `num_blocks_to_take(w)` says how many blocks admitting `w` with all its known tokens takes, and `num_blocks_freed(r)`
-    how many preempting `r` gives back. The blocks that running sequences grow into in this step are set aside first.
-    Cost: O(waiting that outrank × running).
-    """
+    `num_blocks_to_take(w)` says how many blocks admitting `w` with all its known tokens takes, and
+    `num_blocks_freed(r)` how many preempting `r` gives back. The blocks that running sequences grow into in this step
+    are set aside first. Cost: O(waiting that outrank × running)."""
     limits = view.limits
     block_size = limits.block_size
     running = list(view.running)

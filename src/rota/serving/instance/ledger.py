@@ -1,20 +1,20 @@
 """The paged block ledger: who holds which KV blocks, and what the prefix cache still has.
 
-Law 3: `held + cached + free = total`. *Held* blocks belong to running sequences; *cached* ones are full, unreferenced and
-can be found again by their hash until they are evicted; *free* ones hold nothing. What can be had is cached + free.
+Law 3: `held + cached + free = total`. *Held* blocks belong to running sequences; *cached* ones are full, unreferenced
+and can be found again by their hash until they are evicted; *free* ones hold nothing. What can be had is cached +
+free.
 
 The rules are those of vLLM 0.32 (`v1/core/block_pool.py`), so that the same blocks are evicted at the same moment:
-a block is cached as soon as the step that fills it is planned; when a sequence lets go of its blocks, those without a hash
-go to the front of vLLM's free queue and the cached ones to its end, last block first; allocation takes from the front. So
-free blocks are always taken before cached ones, and cached ones leave in least-recently-released order.
+a block is cached as soon as the step that fills it is planned; when a sequence lets go of its blocks, those without a
+hash go to the front of vLLM's free queue and the cached ones to its end, last block first; allocation takes from the
+front. So free blocks are always taken before cached ones, and cached ones leave in least-recently-released order.
 
 Only blocks that somebody else could ask for need an identity: the prompt blocks that carry a hash. All others (the tail
-of a prompt, generated tokens) are a *run*, which nobody but their own sequence can find again, after a preemption. A run is
-one entry with a count, and so a ledger over millions of tokens stays small.
+of a prompt, generated tokens) are a *run*, which nobody but their own sequence can find again, after a preemption. A
+run is one entry with a count, and so a ledger over millions of tokens stays small.
 
-Costs: extending a sequence within its blocks is free; taking n free blocks O(1); evicting, admitting and releasing O(blocks
-that carry a hash).
-"""
+Costs: extending a sequence within its blocks is free; taking n free blocks O(1); evicting, admitting and releasing
+O(blocks that carry a hash)."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -90,7 +90,7 @@ class BlockLedger:
         """Blocks that can be had: free plus cached."""
         return self.num_free + self.num_cached
 
-    # --- asking --------------------------------------------------------------------------------------------------------
+    # --- asking ------------------------------------------------------------------------------------------------------
 
     def lookup(self, holding: Holding, num_tokens: int) -> Hit:
         """The longest prefix of a sequence of `num_tokens` tokens that is cached, leaving at least one token to compute
@@ -119,16 +119,17 @@ class BlockLedger:
         return max(-(-num_tokens // self.block_size) - hit.num_blocks, 0) + hit.num_evictable
 
     def num_freed_by(self, holding: Holding) -> int:
-        """Blocks that could be had again if this sequence let go of its own; shared ones count only if it is the last."""
+        """Blocks that could be had again if this sequence let go of its own; shared ones count only if it is the
+        last."""
         references = self._references
         kept = sum(1 for block in holding.shared if references[block] > 1)
         return holding.num_blocks - kept
 
-    # --- changing ------------------------------------------------------------------------------------------------------
+    # --- changing ----------------------------------------------------------------------------------------------------
 
     def admit(self, holding: Holding, hit: Hit, num_tokens: int) -> None:
-        """Give a sequence that holds nothing its cached prefix and blocks for `num_tokens` tokens in all. The caller has
-        checked that they can be had."""
+        """Give a sequence that holds nothing its cached prefix and blocks for `num_tokens` tokens in all. The caller
+        has checked that they can be had."""
         references = self._references
         released = self._released
         for block in hit.shared:
@@ -181,8 +182,8 @@ class BlockLedger:
             self._log(self._undo_publish, holding, block)
 
     def retract(self, holding: Holding, num_tokens: int) -> None:
-        """Take back what `publish` did beyond the first `num_tokens` tokens, in the pass that published it: the step that
-        would have filled those blocks was called off."""
+        """Take back what `publish` did beyond the first `num_tokens` tokens, in the pass that published it: the step
+        that would have filled those blocks was called off."""
         while len(holding.shared) > num_tokens // self.block_size:
             block = holding.shared[-1]
             block_hash = self._hash_of[block]
@@ -257,7 +258,7 @@ class BlockLedger:
                 count -= 1
                 self._log(self._undo_evict_block, entry, block_hash, index, stamp)
 
-    # --- all or nothing ------------------------------------------------------------------------------------------------
+    # --- all or nothing ----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start a change that can be taken back."""
@@ -350,7 +351,7 @@ class BlockLedger:
         self.num_cached += 1
         self.num_free -= 1
 
-    # --- auditing ------------------------------------------------------------------------------------------------------
+    # --- auditing ----------------------------------------------------------------------------------------------------
 
     def audit(self, holdings: list[Holding]) -> None:
         """Recount everything from the holdings of all sequences; raises `LawBroken` where a count is off."""
@@ -358,7 +359,9 @@ class BlockLedger:
         held = 0
         for holding in holdings:
             if holding.num_blocks < len(holding.shared):
-                raise LawBroken(f"law 3: {holding.owner} holds {holding.num_blocks} blocks but lists {len(holding.shared)}")
+                raise LawBroken(
+                    f"law 3: {holding.owner} holds {holding.num_blocks} blocks but lists {len(holding.shared)}"
+                )
             held += holding.num_blocks - len(holding.shared)
             for block in holding.shared:
                 references[block] = references.get(block, 0) + 1

@@ -42,7 +42,13 @@ class InstanceMachine:
     """
 
     def __init__(
-        self, limits: InstanceLimits, *, order: OrderPolicy, batch: BatchPolicy, memory: MemoryPolicy, repeat: bool = True
+        self,
+        limits: InstanceLimits,
+        *,
+        order: OrderPolicy,
+        batch: BatchPolicy,
+        memory: MemoryPolicy,
+        repeat: bool = True,
     ) -> None:
         """`repeat` allows a command to stand for several equal steps (see `RunStep.max_repeats`)."""
         self.limits = limits
@@ -66,13 +72,13 @@ class InstanceMachine:
         self._num_cached_tokens = 0
         self._num_prompt_tokens = 0
 
-    # --- the EngineView ------------------------------------------------------------------------------------------------
+    # --- the EngineView ----------------------------------------------------------------------------------------------
 
     @property
     def num_free_blocks(self) -> int:
         return self._ledger.num_available
 
-    # --- the Machine ---------------------------------------------------------------------------------------------------
+    # --- the Machine -------------------------------------------------------------------------------------------------
 
     def handle(self, event: InstanceEvent, now: Instant) -> SequenceOf[InstanceCommand]:
         """Take one fact; returns the next step to run, a rejection, or nothing."""
@@ -133,7 +139,7 @@ class InstanceMachine:
         """A sequence that has not ended, for the world's bookkeeping and for tests; read only."""
         return self._sequences.get(request_id)
 
-    # --- inside --------------------------------------------------------------------------------------------------------
+    # --- inside ------------------------------------------------------------------------------------------------------
 
     def _why_never(self, request: Request) -> str | None:
         if request.id in self._sequences:
@@ -276,7 +282,9 @@ class InstanceMachine:
             # What is computed counts this step already. A sequence that has not caught up is a prefill under way.
             if sequence.granted != 1 or sequence.num_computed_tokens != sequence.num_tokens:
                 return 1
-            left = min(sequence.request.max_tokens - sequence.num_output_tokens, self._max_model_len - sequence.num_tokens)
+            left = min(
+                sequence.request.max_tokens - sequence.num_output_tokens, self._max_model_len - sequence.num_tokens
+            )
             if left < most:
                 most = left
         rounds = self._ledger.num_available // len(grants)

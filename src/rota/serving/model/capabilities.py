@@ -1,8 +1,7 @@
 """What an engine can be told to do, as one value that is the same live and simulated.
 
-A policy declares what it needs in `requires`; assembly refuses a stack whose needs the engine lacks (`CapabilityError`),
-so that a policy is never approximated in silence.
-"""
+A policy declares what it needs in `requires`; assembly refuses a stack whose needs the engine lacks
+(`CapabilityError`), so that a policy is never approximated in silence."""
 
 from enum import StrEnum
 

@@ -8,7 +8,7 @@ from rota.base.instant import Duration
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import RequestId
 
-# --- from an instance --------------------------------------------------------------------------------------------------
+# --- from an instance ------------------------------------------------------------------------------------------------
 
 
 class Grant(NamedTuple):
@@ -43,7 +43,7 @@ class RejectSequence(msgspec.Struct, frozen=True, tag=True):
 
 InstanceCommand = RunStep | RejectSequence
 
-# --- from the cluster --------------------------------------------------------------------------------------------------
+# --- from the cluster ------------------------------------------------------------------------------------------------
 
 
 class Dispatch(msgspec.Struct, frozen=True, tag=True):

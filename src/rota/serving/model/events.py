@@ -6,7 +6,7 @@ from rota.base.instant import Duration
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 
-# --- what one instance hears -------------------------------------------------------------------------------------------
+# --- what one instance hears -----------------------------------------------------------------------------------------
 
 
 class SequenceArrived(msgspec.Struct, frozen=True, tag=True):
@@ -35,7 +35,7 @@ class SequenceAborted(msgspec.Struct, frozen=True, tag=True):
 
 InstanceEvent = SequenceArrived | StepFinished | SequenceAborted
 
-# --- what the cluster hears --------------------------------------------------------------------------------------------
+# --- what the cluster hears ------------------------------------------------------------------------------------------
 
 
 class RequestArrived(msgspec.Struct, frozen=True, tag=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, Instant, after, milliseconds, seconds
@@ -9,9 +10,8 @@ from rota.base.journal import Journal
 from rota.runtime.faults import Fault, FaultPlan
 from rota.runtime.simulation import SimulationLoop
 from rota.serving.api import StepTimePredictor
-from rota.serving.assemble import CLUSTER, System, SystemConfig, build, build_instance
-from rota.serving.instance.machine import InstanceMachine
-from rota.serving.metrics.definitions import RequestRecord
+from rota.serving.assemble import CLUSTER, SystemConfig, build_cluster, build_instance
+from rota.serving.metrics.definitions import RequestRecord, Status
 from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Reject
 from rota.serving.model.events import (
     ClientLeft,
@@ -26,8 +26,12 @@ from rota.serving.model.events import (
 from rota.serving.model.instance import InstanceId, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 from rota.serving.sim.ground_truth import GroundTruth
-from rota.serving.sim.instance import RANK_ARRIVAL, SimulatedInstance
+from rota.serving.sim.instance import RANK_ARRIVAL, SequenceState, SimulatedInstance, SimulatedMachine
 from rota.serving.sim.samples import Sampler
+from rota.serving.stack import engine_policies
+
+EngineKind = Literal["model", "vllm"]
+"""Who decides an instance's steps: our block-level model, or vLLM's scheduler object with our plug-in in it."""
 
 RANK_REPORT = 2
 RANK_FAULT = 3
@@ -65,13 +69,14 @@ class SimulatedCluster:
         *,
         journal: Journal | None = None,
         faults: FaultPlan = FaultPlan(),
+        engine: EngineKind = "model",
         on_ended: Callable[[int, Instant], None] | None = None,
     ) -> None:
         """`on_ended(number of requests ended, now)` is called now and then, for progress. Raises `ConfigError` for a
         fault at an unknown instance."""
         self.config = config
         self.records: list[RequestRecord] = []
-        self.system: System = build(config)
+        self._engine = engine
         self.loop = SimulationLoop(options.start, journal)
         self._options = options
         self._step_time = step_time
@@ -79,14 +84,14 @@ class SimulatedCluster:
         self._arrivals: Iterator[tuple[Request, int]] = iter(arrivals)
         self._open: dict[RequestId, _Open] = {}
         self._instances: dict[InstanceId, SimulatedInstance] = {}
-        self._retired: list[InstanceMachine] = []
+        self._retired: list[SimulatedMachine] = []
         self._specs = {spec.id: spec for spec in config.instances}
         self._incarnations = dict.fromkeys(self._specs, 0)
         self.sampler = Sampler(tuple(self._specs))
         self._on_ended = on_ended
-        self.loop.add_machine(CLUSTER, self.system.cluster, self._carry_out)
+        self.loop.add_machine(CLUSTER, build_cluster(config.stack, config.seed), self._carry_out)
         for spec in config.instances:
-            self._start_instance(spec, self.system.instances[spec.id])
+            self._start_instance(spec)
         for fault in faults:
             self._schedule_fault(fault)
 
@@ -98,11 +103,11 @@ class SimulatedCluster:
                 self._schedule_report(instance_id)
         self.loop.run()
 
-    def machines(self) -> list[InstanceMachine]:
+    def machines(self) -> list[SimulatedMachine]:
         """Every instance machine that ran, those lost to a crash included."""
         return self._retired + [instance.machine for instance in self._instances.values()]
 
-    # --- arrivals and clients ------------------------------------------------------------------------------------------
+    # --- arrivals and clients ----------------------------------------------------------------------------------------
 
     def _schedule_next_arrival(self) -> None:
         following = next(self._arrivals, None)
@@ -136,7 +141,7 @@ class SimulatedCluster:
         elif isinstance(command, Fail):
             self._end(command.request_id, "failed", now, command.reason)
 
-    # --- what instances give (Listener) --------------------------------------------------------------------------------
+    # --- what instances give (Listener) ------------------------------------------------------------------------------
 
     def on_first_token(self, instance_id: InstanceId, request_id: RequestId, at: Instant) -> None:
         entry = self._open.get(request_id)
@@ -144,9 +149,12 @@ class SimulatedCluster:
             entry.first_token_at = at
             self.loop.deliver(CLUSTER, FirstTokenSeen(request_id, instance_id))
 
-    def on_finished(self, instance_id: InstanceId, request_id: RequestId, at: Instant, num_output_tokens: int) -> None:
+    def on_finished(
+        self, instance_id: InstanceId, at: Instant, sequence: SequenceState, num_output_tokens: int
+    ) -> None:
+        request_id = sequence.request.id
         self.loop.deliver(CLUSTER, RequestFinished(request_id, instance_id, num_output_tokens))
-        self._end(request_id, "finished", at, "", num_output_tokens)
+        self._end(request_id, "finished", at, "", num_output_tokens, sequence)
 
     def on_rejected(self, instance_id: InstanceId, request_id: RequestId, at: Instant, reason: str) -> None:
         self.loop.deliver(CLUSTER, RequestFailed(request_id, instance_id, reason, retryable=False))
@@ -154,7 +162,15 @@ class SimulatedCluster:
     def on_step(self, instance_id: InstanceId, at: Instant) -> None:
         self.sampler.on_step(instance_id, at, self._instances[instance_id].machine)
 
-    def _end(self, request_id: RequestId, status: str, at: Instant, reason: str, num_output_tokens: int = 0) -> None:
+    def _end(
+        self,
+        request_id: RequestId,
+        status: Status,
+        at: Instant,
+        reason: str,
+        num_output_tokens: int = 0,
+        sequence: SequenceState | None = None,
+    ) -> None:
         entry = self._open.pop(request_id)
         self._truth.forget(request_id)
         request = entry.request
@@ -172,14 +188,17 @@ class SimulatedCluster:
                 reason=reason,
                 instance_id=entry.instance_id,
                 slo=request.slo,
+                num_cached_tokens=0 if sequence is None else sequence.num_cached_tokens,
+                num_preemptions=0 if sequence is None else sequence.num_preemptions,
             )
         )
         if self._on_ended is not None and len(self.records) % 256 == 0:
             self._on_ended(len(self.records), at)
 
-    # --- instances -----------------------------------------------------------------------------------------------------
+    # --- instances ---------------------------------------------------------------------------------------------------
 
-    def _start_instance(self, spec: InstanceSpec, machine: InstanceMachine) -> None:
+    def _start_instance(self, spec: InstanceSpec) -> None:
+        machine = self._build_machine(spec)
         self._instances[spec.id] = SimulatedInstance(
             self.loop,
             spec,
@@ -191,6 +210,15 @@ class SimulatedCluster:
             incarnation=self._incarnations[spec.id],
         )
         self.loop.deliver(CLUSTER, InstanceStarted(spec))
+
+    def _build_machine(self, spec: InstanceSpec) -> SimulatedMachine:
+        if self._engine == "model":
+            return build_instance(self.config.stack, spec, is_leaping=self.config.is_leaping)
+        # vLLM is an optional dependency, and heavy to import.
+        from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
+        from rota.serving.sim.vllm_machine import VllmMachine
+
+        return VllmMachine(spec.limits, engine_policies(self.config.stack, VLLM_CAPABILITIES, "vLLM 0.32"))
 
     def _schedule_report(self, instance_id: InstanceId) -> None:
         def report(now: Instant) -> None:
@@ -206,11 +234,9 @@ class SimulatedCluster:
                 )
             self._schedule_report(instance_id)
 
-        self.loop.call_at(
-            after(self.loop.now, self._options.report_interval), report, RANK_REPORT, background=True
-        )
+        self.loop.call_at(after(self.loop.now, self._options.report_interval), report, RANK_REPORT, background=True)
 
-    # --- faults --------------------------------------------------------------------------------------------------------
+    # --- faults ------------------------------------------------------------------------------------------------------
 
     def _schedule_fault(self, fault: Fault) -> None:
         strikes = {"crash": self._crash, "slow": self._slow_down, "client_leaves": self._leave}
@@ -233,9 +259,7 @@ class SimulatedCluster:
 
         def restart(later: Instant) -> None:
             self._incarnations[instance_id] += 1
-            spec = self._specs[instance_id]
-            machine = build_instance(self.config.stack, spec, is_leaping=self.config.is_leaping)
-            self._start_instance(spec, machine)
+            self._start_instance(self._specs[instance_id])
 
         self.loop.call_at(after(now, fault.duration or self._options.restart_after), restart, RANK_FAULT)
 

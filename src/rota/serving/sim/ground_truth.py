@@ -1,4 +1,5 @@
-"""What only the world knows: how long each answer will truly be. No policy, machine or predictor is given this table."""
+"""What only the world knows: how long each answer will truly be. No policy, machine or predictor is given this
+table."""
 
 from rota.serving.model.instance import InstanceLimits
 from rota.serving.model.request import Request, RequestId

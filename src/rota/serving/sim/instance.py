@@ -1,19 +1,22 @@
 """An engine played by the world: it runs the steps that an instance machine orders, for as long as they take."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from itertools import accumulate
 from typing import Protocol
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Duration, Instant
+from rota.base.machine import Machine
 from rota.runtime.simulation import SimulationLoop
 from rota.serving.api import StepTimePredictor
 from rota.serving.assemble import instance_name
-from rota.serving.instance.machine import InstanceMachine
+from rota.serving.instance.machine import InstanceStatistics
 from rota.serving.model.commands import InstanceCommand, RejectSequence, RunStep
-from rota.serving.model.events import SequenceAborted, SequenceArrived, StepFinished
+from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
+from rota.serving.predictors.step_time.runs import decode_run
 from rota.serving.sim.ground_truth import GroundTruth
 
 RANK_STEP = 0
@@ -21,11 +24,46 @@ RANK_STEP = 0
 RANK_ARRIVAL = 1
 
 
+class SequenceState(Protocol):
+    """What the world reads of a sequence."""
+
+    @property
+    def request(self) -> Request: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_cached_tokens(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+
+
+class SimulatedMachine(Machine[InstanceEvent, InstanceCommand], Protocol):
+    """A machine that an engine played by the world can run: ours, or vLLM's scheduler in a machine's clothes."""
+
+    @property
+    def running(self) -> Sized: ...
+    @property
+    def waiting(self) -> Sized: ...
+    @property
+    def num_free_blocks(self) -> int: ...
+    def sequence(self, request_id: RequestId) -> SequenceState | None: ...
+    def statistics(self) -> InstanceStatistics: ...
+
+
 class Listener(Protocol):
     """Who hears what an instance gives to its clients."""
 
     def on_first_token(self, instance_id: InstanceId, request_id: RequestId, at: Instant) -> None: ...
-    def on_finished(self, instance_id: InstanceId, request_id: RequestId, at: Instant, num_output_tokens: int) -> None: ...
+    def on_finished(
+        self, instance_id: InstanceId, at: Instant, sequence: "SequenceState", num_output_tokens: int
+    ) -> None:
+        """The sequence gives its last token; its own counts do not include this run of steps yet."""
+        ...
+
     def on_rejected(self, instance_id: InstanceId, request_id: RequestId, at: Instant, reason: str) -> None: ...
     def on_step(self, instance_id: InstanceId, at: Instant) -> None: ...
 
@@ -57,16 +95,15 @@ class _Flight:
 class SimulatedInstance:
     """One engine in the simulation.
 
-    Between two moments when anything can change, a batch of decodes repeats itself; such a run of steps is timed at once
-    (the *leap*) and cut short when something arrives in between: what has run by then is reported, and the step under way
-    becomes the last. The machine hears and decides the same as if every step had been taken one by one.
-    """
+    Between two moments when anything can change, a batch of decodes repeats itself; such a run of steps is timed at
+    once (the *leap*) and cut short when something arrives in between: what has run by then is reported, and the step
+    under way becomes the last. The machine hears and decides the same as if every step had been taken one by one."""
 
     def __init__(
         self,
         loop: SimulationLoop,
         spec: InstanceSpec,
-        machine: InstanceMachine,
+        machine: SimulatedMachine,
         step_time: StepTimePredictor,
         truth: GroundTruth,
         listener: Listener,
@@ -74,8 +111,8 @@ class SimulatedInstance:
         step_overhead: Duration = Duration(0),
         incarnation: int = 0,
     ) -> None:
-        """`step_overhead` is the time between two steps in which the engine computes nothing. `incarnation` is how often
-        this instance was started before: a restarted engine is a fresh machine with a name of its own."""
+        """`step_overhead` is the time between two steps in which the engine computes nothing. `incarnation` is how
+        often this instance was started before: a restarted engine is a fresh machine with a name of its own."""
         self.spec = spec
         self.machine = machine
         self.name = instance_name(spec.id, incarnation)
@@ -91,7 +128,7 @@ class SimulatedInstance:
         self._is_lost = False
         loop.add_machine(self.name, machine, self.carry_out)
 
-    # --- from the router -----------------------------------------------------------------------------------------------
+    # --- from the router ---------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """A request arrives at the engine now."""
@@ -134,7 +171,7 @@ class SimulatedInstance:
             self._loop.deliver(self.name, SequenceAborted(request_id))
         return lost
 
-    # --- from the machine ----------------------------------------------------------------------------------------------
+    # --- from the machine --------------------------------------------------------------------------------------------
 
     def carry_out(self, name: str, command: InstanceCommand, now: Instant) -> None:
         """Do what the machine ordered."""
@@ -154,7 +191,6 @@ class SimulatedInstance:
         if num_ended == len(flight.ends):
             return  # its end is due at this very instant, ahead of whatever came
         self._loop.cancel(flight.handle)
-        started_at = flight.started_at
         if num_ended == 0:
             self._fly(flight.command, flight.started_at, flight.ends[:1], flight.first_tokens, [])
             return
@@ -215,12 +251,11 @@ class SimulatedInstance:
         return time if self._slowdown == 1.0 else round(time * self._slowdown)
 
     def _run_ends(self, num_decodes: int, kv_tokens: int, num_steps: int) -> Sequence[int]:
-        ends = []
-        end = 0
-        for step in range(num_steps):
-            end += self._time((), num_decodes, kv_tokens + step * num_decodes) + self._overhead
-            ends.append(end)
-        return ends
+        times = decode_run(self._step_time, num_decodes, kv_tokens, num_steps)
+        slowdown, overhead = self._slowdown, self._overhead
+        if slowdown != 1.0:
+            times = [round(time * slowdown) for time in times]
+        return list(accumulate(time + overhead for time in times)) if overhead else list(accumulate(times))
 
     def _fly(
         self,
@@ -238,19 +273,17 @@ class SimulatedInstance:
         if flight is None:
             raise LawBroken(f"law 6: {self.name} was woken up without a step in flight")
         self._flight = None
-        limits = self.spec.limits
         machine = self.machine
         # Those aborted in flight give nothing to anybody.
-        first_tokens = [request_id for request_id in flight.first_tokens if machine.sequence(request_id) is not None]
-        finished = tuple([request_id for request_id in flight.last_tokens if machine.sequence(request_id) is not None])
-        lengths = {}
-        for request_id in finished:
-            sequence = machine.sequence(request_id)
-            if sequence is not None:
-                lengths[request_id] = self._truth.num_output_tokens(sequence.request, limits)
-        for request_id in first_tokens:
-            self._listener.on_first_token(self.spec.id, request_id, now)
+        ended = [
+            sequence for request_id in flight.last_tokens if (sequence := machine.sequence(request_id)) is not None
+        ]
+        for request_id in flight.first_tokens:
+            if machine.sequence(request_id) is not None:
+                self._listener.on_first_token(self.spec.id, request_id, now)
+        for sequence in ended:
+            num_output_tokens = sequence.num_tokens - sequence.num_prompt_tokens + len(flight.ends)
+            self._listener.on_finished(self.spec.id, now, sequence, num_output_tokens)
+        finished = tuple([sequence.request.id for sequence in ended])
         self._loop.deliver(self.name, StepFinished(flight.command.step_id, len(flight.ends), finished))
-        for request_id in finished:
-            self._listener.on_finished(self.spec.id, request_id, now, lengths[request_id])
         self._listener.on_step(self.spec.id, now)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from rota.base.instant import Instant
-from rota.serving.instance.machine import InstanceMachine
 from rota.serving.metrics.definitions import Samples
 from rota.serving.model.instance import InstanceId
+from rota.serving.sim.instance import SimulatedMachine
 
 NUM_POINTS_MAX = 4_000
 """For each instance; twice what a plot can show."""
@@ -20,7 +20,7 @@ class Sampler:
         self._spacing = dict.fromkeys(instance_ids, 0)
         self._next_at = dict.fromkeys(instance_ids, 0)
 
-    def on_step(self, instance_id: InstanceId, at: Instant, machine: InstanceMachine) -> None:
+    def on_step(self, instance_id: InstanceId, at: Instant, machine: SimulatedMachine) -> None:
         """Note how an instance stands, unless it was noted a moment ago."""
         if at < self._next_at[instance_id]:
             return

@@ -6,9 +6,8 @@ from rota.serving.api import BatchDraft, BatchShape, Cursor, OnRefusal, OrderPol
 def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
     """Compose a step as `shape` says.
 
-    vLLM 0.32's rule (`Scheduler.schedule`): running sequences first, each as far as the budget goes; whoever lacks blocks
-    takes them from the end of the line; then waiting ones, but only in a step that had to preempt nobody.
-    """
+    vLLM 0.32's rule (`Scheduler.schedule`): running sequences first, each as far as the budget goes; whoever lacks
+    blocks takes them from the end of the line; then waiting ones, but only in a step that had to preempt nobody."""
     if shape.token_budget is not None:
         draft.limit_tokens(shape.token_budget)
     if order.displacing:
@@ -47,10 +46,11 @@ def _grant_running(draft: BatchDraft, cursor: Cursor) -> None:
     grant, take, granted = draft.grant, cursor.next, cursor.granted
     while (sequence := take()) is not None:
         result = grant(sequence, sequence.num_pending_tokens)
-        if result.__class__ is int:
+        if isinstance(result, Refusal):
+            if _stops(cursor, sequence, result):
+                return
+        else:
             granted(sequence, result)
-        elif _stops(cursor, sequence, result):
-            return
 
 
 def _grant_each(draft: BatchDraft, cursor: Cursor, sequences: list[SequenceView]) -> int:

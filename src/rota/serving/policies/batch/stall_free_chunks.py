@@ -8,14 +8,14 @@ from rota.serving.policies.batch.passes import fill
 class StallFreeChunks:
     """Running decodes first, one token each; prefills fill what is left of a small token budget, in chunks.
 
-    Rule: Sarathi-Serve (OSDI'24), its `chunk_size` being the budget of the whole step; 512 is its default, with 2048 for
-    relaxed targets. Differs from the authors' code in one point: blocks are taken chunk by chunk, as vLLM does, and the
-    whole prompt must only *fit* at admission. Law: a running decode that is not preempted gets its token in every step,
-    and no step holds more tokens than the budget, so the time between tokens is at most the time of such a step.
+    Rule: Sarathi-Serve (OSDI'24), its `chunk_size` being the budget of the whole step; 512 is its default, with 2048
+    for relaxed targets. Differs from the authors' code in one point: blocks are taken chunk by chunk, as vLLM does,
+    and the whole prompt must only *fit* at admission. Law: a running decode that is not preempted gets its token in
+    every step, and no step holds more tokens than the budget, so the time between tokens is at most the time of such
+    a step.
 
-    Good for steady time between tokens. Costs time to first token, since prompts are cut; with more running decodes than
-    the budget, the last in line wait their turn.
-    """
+    Good for steady time between tokens. Costs time to first token, since prompts are cut; with more running decodes
+    than the budget, the last in line wait their turn."""
 
     requires: EngineCapabilities = frozenset({Capability.TOKEN_BUDGET, Capability.ORDER_RUNNING})
 

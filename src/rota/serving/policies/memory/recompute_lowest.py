@@ -7,8 +7,8 @@ from rota.serving.api import Capability, EngineCapabilities, EngineView, Sequenc
 
 
 class RecomputeLowest:
-    """The victim is the last in the line that this step serves: under `strict_priority` the one of the lowest class that
-    was admitted last, under `fcfs` simply the one admitted last.
+    """The victim is the last in the line that this step serves: under `strict_priority` the one of the lowest class
+    that was admitted last, under `fcfs` simply the one admitted last.
 
     Rule: vLLM's victim (the end of its running list), whatever the order. Good because order and memory never work
     against each other. Whoever the order ranks last pays under sustained pressure.

@@ -35,9 +35,8 @@ class InOrder:
 class Fcfs:
     """Serve in queue order: arrival, with preempted sequences at the front; running ones in order of admission.
 
-    Rule: vLLM's default. Good when requests are alike. Starves nobody, but short work waits behind long work (head-of-line
-    blocking), and a burst of one tenant delays all others.
-    """
+    Rule: vLLM's default. Good when requests are alike. Starves nobody, but short work waits behind long work
+    (head-of-line blocking), and a burst of one tenant delays all others."""
 
     requires: EngineCapabilities = NOTHING
     running_order: Literal["admission", "own"] = "admission"

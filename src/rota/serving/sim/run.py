@@ -1,0 +1,128 @@
+"""One simulated run, from a trace to its summary: what `rota simulate` and tests call."""
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rota import __version__
+from rota.base.instant import Instant
+from rota.base.journal import Journal
+from rota.base.random_streams import RandomStreams
+from rota.serving.assemble import SystemConfig, header_of
+from rota.serving.metrics.definitions import RequestRecord, Samples
+from rota.serving.metrics.summary import RunFacts, Summary, summarize
+from rota.serving.model.instance import InstanceId, InstanceSpec
+from rota.serving.model.request import SLO, Request
+from rota.serving.predictors.step_time.profiles import load_profile
+from rota.serving.sim.cluster import EngineKind, SimulatedCluster, WorldOptions
+from rota.serving.stack import StackConfig
+from rota.serving.workload.arrivals import to_request
+from rota.serving.workload.formats import read_trace
+from rota.serving.workload.retiming import take, with_poisson
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationConfig:
+    """What to simulate."""
+
+    trace: Path
+    num_instances: int = 1
+    profile: str = "llama-3.1-8b-a100"
+    stack: StackConfig = StackConfig()
+    seed: int = 0
+    num_requests: int | None = None
+    """The first so many of the trace; all if None."""
+    rate: float | None = None
+    """Requests per second: replaces the trace's instants by a Poisson process."""
+    slo: SLO = SLO()
+    engine: EngineKind = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationResult:
+    """What came of it."""
+
+    summary: Summary
+    records: list[RequestRecord]
+    samples: dict[InstanceId, Samples]
+    system: SystemConfig
+
+
+def system_config(config: SimulationConfig) -> SystemConfig:
+    """The machines of this run."""
+    limits = load_profile(config.profile).instance_limits()
+    width = len(str(max(config.num_instances - 1, 0)))
+    return SystemConfig(
+        stack=config.stack,
+        instances=tuple(
+            InstanceSpec(id=InstanceId(f"i{number:0{width}d}"), limits=limits) for number in range(config.num_instances)
+        ),
+        seed=config.seed,
+    )
+
+
+def requests(config: SimulationConfig) -> Iterator[tuple[Request, int]]:
+    """The trace as requests with their true output lengths, one at a time. Raises `DataError` at the first bad row."""
+    limits = load_profile(config.profile).instance_limits()
+    streams = RandomStreams(config.seed)
+    arrivals = read_trace(config.trace, streams)
+    if config.num_requests is not None:
+        arrivals = take(arrivals, config.num_requests)
+    if config.rate is not None:
+        arrivals = with_poisson(arrivals, config.rate, streams.stream("arrivals"))
+    for number, arrival in enumerate(arrivals):
+        yield to_request(
+            arrival,
+            f"r-{number}",
+            Instant(0),
+            max_model_len=limits.max_model_len,
+            block_size=limits.block_size,
+            slo=config.slo,
+        )
+
+
+def simulate(
+    config: SimulationConfig,
+    *,
+    journal_path: Path | None = None,
+    with_digest: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> SimulationResult:
+    """Play a trace through a stack. The journal goes to `journal_path`, if given; its digest is part of the summary
+    unless `with_digest` is off, which saves encoding every row. `on_progress` is told the number of requests ended."""
+    began = time.process_time()
+    system = system_config(config)
+    predictor = load_profile(config.profile).predictor()
+    header = header_of(system)
+    journal = Journal(header, path=journal_path) if with_digest or journal_path is not None else None
+    cluster = SimulatedCluster(
+        system,
+        requests(config),
+        predictor,
+        WorldOptions(),
+        journal=journal,
+        engine=config.engine,
+        on_ended=None if on_progress is None else lambda num_ended, _: on_progress(num_ended),
+    )
+    try:
+        cluster.run()
+    finally:
+        if journal is not None:
+            journal.close()
+    statistics = [machine.statistics() for machine in cluster.machines()]
+    facts = RunFacts(
+        num_steps=sum(one.num_steps for one in statistics),
+        num_preemptions=sum(one.num_preemptions for one in statistics),
+        num_cached_tokens=sum(one.num_cached_tokens for one in statistics),
+        num_queried_tokens=sum(one.num_prompt_tokens for one in statistics),
+        cpu_seconds=time.process_time() - began,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        seed=config.seed,
+        config_hash=header.config_hash,
+        journal_digest=None if journal is None else journal.digest,
+        version=__version__,
+    )
+    summary = summarize(cluster.records, facts)
+    return SimulationResult(summary, cluster.records, cluster.sampler.series, system)
