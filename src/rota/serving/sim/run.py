@@ -94,14 +94,14 @@ def simulate(
     unless `with_digest` is off, which saves encoding every row. `on_progress` is told the number of requests ended."""
     began = time.process_time()
     system = system_config(config)
-    predictor = load_profile(config.profile).predictor()
+    profile = load_profile(config.profile)
     header = header_of(system)
     journal = Journal(header, path=journal_path) if with_digest or journal_path is not None else None
     cluster = SimulatedCluster(
         system,
         requests(config),
-        predictor,
-        WorldOptions(),
+        profile.predictor(),
+        WorldOptions(step_overhead=profile.step_overhead()),
         journal=journal,
         engine=config.engine,
         on_ended=None if on_progress is None else lambda num_ended, _: on_progress(num_ended),
