@@ -110,12 +110,12 @@ class HttpClient:
 class Call:
     """One request under way."""
 
-    __slots__ = ("_client", "_connection", "_dialling", "_sink", "_wire", "is_over", "is_reused")
+    __slots__ = ("_client", "_connection", "_dialling", "_wire", "is_over", "is_reused", "sink")
 
     def __init__(self, client: HttpClient, wire: bytes, sink: ResponseSink) -> None:
         self._client = client
         self._wire = wire
-        self._sink = sink
+        self.sink = sink
         self._connection: _Connection | None = None
         self._dialling: asyncio.Task[None] | None = None
         self.is_over = False
@@ -152,7 +152,7 @@ class Call:
             else:
                 connection.begin(self)
 
-    # --- from the connection ----------------------------------------------------------------------------------------
+    # --- from the connection -----------------------------------------------------------------------------------------
 
     def begun(self, connection: "_Connection") -> bytes:
         self._connection = connection
@@ -161,23 +161,19 @@ class Call:
     def head(self, status: int, headers: Headers) -> None:
         if not self.is_over:
             self._wire = b""
-            self._sink.on_head(status, headers)
-
-    def data(self, data: bytes) -> None:
-        if not self.is_over:
-            self._sink.on_data(data)
+            self.sink.on_head(status, headers)
 
     def ended(self) -> None:
         self._connection = None
         if not self.is_over:
             self.is_over = True
-            self._sink.on_end()
+            self.sink.on_end()
 
     def failed(self, reason: str) -> None:
         self._connection = None
         if not self.is_over:
             self.is_over = True
-            self._sink.on_failed(reason)
+            self.sink.on_failed(reason)
 
     def lost(self, reason: str, *, was_silent: bool) -> None:
         """The connection broke. One that had idled may have been closed just as we wrote: try once more on a new
@@ -195,6 +191,9 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
+        self._body: list[bytes] = []
+        # What the parser says of a body. Bound to the list itself: this is called for every token of a stream.
+        self.on_body = self._body.append
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._call: Call | None = None
@@ -202,7 +201,7 @@ class _Connection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self._headers: Headers = []
-        self._body: list[bytes] = []
+        self._body.clear()
         self._num_head_bytes = 0
         self._is_headed = False
         self._is_complete = False
@@ -233,7 +232,7 @@ class _Connection(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
-    # --- what the event loop says -----------------------------------------------------------------------------------
+    # --- what the event loop says ------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -274,7 +273,8 @@ class _Connection(asyncio.Protocol):
         if self._body:
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body.clear()
-            call.data(body)
+            if not call.is_over:
+                call.sink.on_data(body)
         if self._is_complete:
             self._call = None
             if self._keep_alive and not self._paused and not call.is_over:
@@ -283,7 +283,7 @@ class _Connection(asyncio.Protocol):
                 self.close()
             call.ended()
 
-    # --- what the parser says ---------------------------------------------------------------------------------------
+    # --- what the parser says ----------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name.lower(), value))
@@ -299,9 +299,6 @@ class _Connection(asyncio.Protocol):
         self._ends_with_connection = not sized and status not in (204, 304)
         if self._call is not None:
             self._call.head(status, self._headers)
-
-    def on_body(self, body: bytes) -> None:
-        self._body.append(body)
 
     def on_message_complete(self) -> None:
         if self._is_headed:

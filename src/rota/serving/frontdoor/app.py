@@ -83,7 +83,7 @@ class FrontDoor:
         path = exchange.request.path
         self.telemetry.answered(path if path in self._routes else "other", status)
 
-    # --- endpoints --------------------------------------------------------------------------------------------------
+    # --- endpoints ---------------------------------------------------------------------------------------------------
 
     def _generate(self, exchange: Exchange) -> None:
         if self.server.draining:
@@ -137,16 +137,17 @@ class FrontDoor:
 class _Conversation:
     """One request to an engine, seen from its client: hears the cluster and writes the answer."""
 
-    __slots__ = ("_door", "_exchange", "_has_started", "_request_id", "_started_at")
+    __slots__ = ("_door", "_exchange", "_has_started", "_request_id", "_started_at", "on_data")
 
     def __init__(self, door: FrontDoor, exchange: Exchange, call: EngineCall) -> None:
         self._door = door
         self._exchange = exchange
+        self.on_data = exchange.write
         self._request_id = call.request.id
         self._has_started = False
         self._started_at = time.monotonic()
 
-    # --- from the connection ----------------------------------------------------------------------------------------
+    # --- from the connection -----------------------------------------------------------------------------------------
 
     def client_left(self) -> None:
         self._door.telemetry.clients_left.inc()
@@ -155,7 +156,7 @@ class _Conversation:
     def client_stalled(self, stalled: bool) -> None:
         self._door.cluster.client_stalled(self._request_id, stalled)
 
-    # --- from the cluster -------------------------------------------------------------------------------------------
+    # --- from the cluster --------------------------------------------------------------------------------------------
 
     def on_dispatched(self, instance_id: InstanceId, attempt: int) -> None:
         if attempt > 1:
@@ -165,9 +166,6 @@ class _Conversation:
         self._has_started = True
         self._door.telemetry.ttft.observe(time.monotonic() - self._started_at)
         self._exchange.start(status, self._named(headers), first)
-
-    def on_data(self, data: bytes) -> None:
-        self._exchange.write(data)
 
     def on_end(self, num_output_tokens: int | None) -> None:
         self._finished(self._exchange.status, num_output_tokens)

@@ -77,7 +77,7 @@ class ExchangeListener(Protocol):
 class Exchange:
     """One request and its one answer: either `respond`, or `start`, any number of `write`, and `end` or `cut`."""
 
-    __slots__ = ("_chunked", "_connection", "_keep_alive", "done", "listener", "num_body_bytes", "request", "status")
+    __slots__ = ("_chunked", "_connection", "_keep_alive", "done", "listener", "request", "status")
 
     def __init__(self, connection: "HttpConnection", request: HttpRequest, *, keep_alive: bool, chunked: bool) -> None:
         self.request = request
@@ -86,7 +86,6 @@ class Exchange:
         """Status of the answer, once it began."""
         self.done = False
         """Nothing more may be written: the answer is complete, or the client left."""
-        self.num_body_bytes = 0
         self._connection = connection
         self._keep_alive = keep_alive
         self._chunked = chunked
@@ -96,7 +95,6 @@ class Exchange:
         if self.done:
             return
         self.status = status
-        self.num_body_bytes = len(body)
         head = self._head(status, headers)
         head.append(b"content-length: %d\r\n\r\n" % len(body))
         if self.request.method != "HEAD":
@@ -114,7 +112,6 @@ class Exchange:
         head = self._head(status, headers)
         head.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
         if first:
-            self.num_body_bytes += len(first)
             head.append(b"%x\r\n%b\r\n" % (len(first), first) if self._chunked else first)
         self._connection.write(b"".join(head))
 
@@ -122,8 +119,9 @@ class Exchange:
         """Pass on some bytes of a started answer."""
         if self.done or not data:
             return
-        self.num_body_bytes += len(data)
-        self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        transport = self._connection.transport
+        if transport is not None:
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def end(self, last: bytes = b"") -> None:
         """End a started answer, whole."""
@@ -164,7 +162,7 @@ class HttpConnection(asyncio.Protocol):
         self._server = server
         self._limits = server.limits
         self._parser = httptools.HttpRequestParser(self)
-        self._transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | None = None
         self._current: Exchange | None = None
         self._pipelined: deque[Exchange] = deque()
         self._closing = False
@@ -188,15 +186,15 @@ class HttpConnection(asyncio.Protocol):
     # --- what the event loop says ------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=self._limits.write_buffer_bytes)
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=self._limits.write_buffer_bytes)
         if not self._server.opened(self):
             self._refuse(Problem(503, "too many connections", code="too_many_connections"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.closed(self)
         self._closing = True
-        self._transport = None
+        self.transport = None
         for exchange in [*([self._current] if self._current else []), *self._pipelined]:
             if not exchange.done:
                 exchange.done = True
@@ -253,7 +251,7 @@ class HttpConnection(asyncio.Protocol):
         if self._current is not None and self._current.listener is not None:
             self._current.listener.client_stalled(stalled)
 
-    # --- what the parser says -----------------------------------------------------------------------------------------
+    # --- what the parser says ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         head_bytes = self._num_head_bytes
@@ -307,31 +305,31 @@ class HttpConnection(asyncio.Protocol):
             self._answer(exchange)
         else:
             self._pipelined.append(exchange)
-            if len(self._pipelined) >= _NUM_PIPELINED_MAX and self._transport is not None:
-                self._transport.pause_reading()
+            if len(self._pipelined) >= _NUM_PIPELINED_MAX and self.transport is not None:
+                self.transport.pause_reading()
 
-    # --- answering --------------------------------------------------------------------------------------------------
+    # --- answering ---------------------------------------------------------------------------------------------------
 
     def _answer(self, exchange: Exchange) -> None:
         self._current = exchange
         self._server.handle(exchange)
 
     def write(self, data: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(data)
+        if self.transport is not None:
+            self.transport.write(data)
 
     def answered(self, exchange: Exchange) -> None:
         """The answer to `exchange` is complete: close, or go on with the next request of this connection."""
         self.waiting_since = time.monotonic()
         self._current = None
-        if self._transport is None:
+        if self.transport is None:
             return
         if exchange.close_after:
             self._closing = True
-            self._transport.close()
+            self.transport.close()
         elif self._pipelined and not self._closing:
             following = self._pipelined.popleft()
-            self._transport.resume_reading()
+            self.transport.resume_reading()
             # Through the loop, so that a long pipeline of instant answers does not nest.
             asyncio.get_running_loop().call_soon(self._answer_next, following)
         elif self._problem is not None:
@@ -344,25 +342,25 @@ class HttpConnection(asyncio.Protocol):
     def cut(self) -> None:
         """Close at once, with whatever was not written yet lost."""
         self._closing = True
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
     def _refuse(self, problem: Problem) -> None:
         """Answer what cannot be parsed and close. Answers to earlier requests on the connection go first."""
-        if self._closing or self._transport is None or self._current is not None:
+        if self._closing or self.transport is None or self._current is not None:
             return
         self._closing = True
         self.waiting_since = time.monotonic()
         body = problem.body()
         self._server.refused(problem)
-        self._transport.write(
+        self.transport.write(
             b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
             % (problem.status, _REASONS.get(problem.status, b""), len(body), body)
         )
         # Half-closed, and read on for a while: a reset would destroy the answer under a client that still sends.
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
-        self._transport.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.transport.resume_reading()
 
     def overdue(self, now: float) -> None:
         """Called about once a second: end what takes too long."""

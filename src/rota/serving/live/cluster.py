@@ -103,6 +103,7 @@ class _Attempt:
         "_has_started",
         "_headers",
         "_num_bytes",
+        "_pass_on",
         "_status",
         "_timer",
         "_usage",
@@ -121,6 +122,7 @@ class _Attempt:
         self._num_bytes = 0
         self._has_started = False
         self._usage = b""
+        self._pass_on = flight.client.on_data
         self._timer: asyncio.TimerHandle | None = None
         if cluster.first_byte_timeout_seconds is not None:
             loop = asyncio.get_running_loop()
@@ -136,7 +138,7 @@ class _Attempt:
         if self._has_started:
             if b'"usage"' in data:
                 self._usage = data
-            self._flight.client.on_data(data)
+            self._pass_on(data)
         elif self._status == 200 and self._flight.call.stream:
             self._start(data)
         else:
@@ -224,7 +226,7 @@ class LiveCluster:
         """The instances that are ready, and what they are."""
         loop.add_machine(CLUSTER, machine, self._carry_out)
 
-    # --- from the front door ----------------------------------------------------------------------------------------
+    # --- from the front door -----------------------------------------------------------------------------------------
 
     def submit(self, call: EngineCall, client: Client) -> None:
         """A request arrives. Its client may hear of its end from within this call."""
@@ -261,7 +263,7 @@ class LiveCluster:
             self.tell(ClientLeft(request_id))
             flight.client.on_failed(reason, None)
 
-    # --- from those who watch the engines ---------------------------------------------------------------------------
+    # --- from those who watch the engines ----------------------------------------------------------------------------
 
     def started(self, status: EngineStatus) -> None:
         """An instance is ready, for the first time or again."""
@@ -293,7 +295,7 @@ class LiveCluster:
         self.engines[attempt.instance_id].abort(request_id)
         attempt.on_failed(reason)
 
-    # --- to and from the machine ------------------------------------------------------------------------------------
+    # --- to and from the machine -------------------------------------------------------------------------------------
 
     def tell(self, event: ClusterEvent) -> Exception | None:
         """Submit an event. An error, of a policy say, is logged and returned: it must not take the host down."""
