@@ -1,0 +1,136 @@
+"""`rota simulate`: play a trace through a stack."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rota.cli.flags import Json, Seed, at_least, positive, writing
+from rota.cli.output import Progress, print_json, print_table, say, warn
+from rota.cli.targets import slo_of
+
+if TYPE_CHECKING:
+    from rota.serving.metrics.summary import GroupSummary, Summary
+
+
+class Engine(StrEnum):
+    """Who decides an instance's steps."""
+
+    MODEL = "model"
+    VLLM = "vllm"
+
+
+def simulate(
+    trace: Annotated[Path, typer.Option(help="Trace file; the format is recognised from its content.")],
+    instances: Annotated[int, typer.Option(help="Number of engines behind the router.")] = 1,
+    profile: Annotated[
+        str, typer.Option(help="Model and accelerator: a shipped name or a TOML file.")
+    ] = "llama-3.1-8b-a100",
+    stack: Annotated[Path | None, typer.Option(help="Stack file (TOML): which policies decide.")] = None,
+    seed: Seed = 0,
+    num_requests: Annotated[int | None, typer.Option(help="Play only the first so many requests.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second: Poisson arrivals in place of the trace's own.")
+    ] = None,
+    slo: Annotated[str | None, typer.Option(help="Targets in ms, such as ttft=500,tpot=50.")] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Who decides steps: our model of the engine, or vLLM's scheduler with our plug-in.")
+    ] = Engine.MODEL,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report that opens offline.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Write every event and decision; for replay and explain.")
+    ] = None,
+    digest: Annotated[bool, typer.Option(help="Hash the journal even if it is not written.")] = True,
+    json: Json = False,
+) -> None:
+    """Play a trace through a router and simulated engines, in virtual time, and print what its requests got.
+
+    The engines know a request's true output length only when it ends; policies never do.
+    """
+    from rota.base.provenance import provenance
+    from rota.serving.metrics.report import write_run_report
+    from rota.serving.sim.run import SimulationConfig
+    from rota.serving.sim.run import simulate as run
+    from rota.serving.stack import load_stack
+
+    config = SimulationConfig(
+        trace=trace,
+        num_instances=at_least("--instances", instances, 1),
+        profile=profile,
+        stack=load_stack(stack),
+        seed=seed,
+        num_requests=None if num_requests is None else at_least("--num-requests", num_requests, 1),
+        rate=None if rate is None else positive("--rate", rate),
+        slo=slo_of("--slo", slo),
+        engine=engine.value,
+    )
+    for flag, path in (("--report", report), ("--journal", journal)):
+        if path is not None:
+            with writing(flag, path):
+                path.open("ab").close()
+    with Progress("simulating", total=num_requests, unit="requests") as progress:
+        result = run(config, journal_path=journal, with_digest=digest, on_progress=progress.reached)
+    summary = result.summary
+    if report is not None:
+        with writing("--report", report):
+            write_run_report(
+                report,
+                f"{trace.name} on {instances} × {profile}",
+                records=result.records,
+                summary=summary,
+                samples=result.samples,
+                num_blocks={spec.id: spec.limits.num_blocks for spec in result.system.instances},
+                provenance=provenance(
+                    seed=seed, config_hash=summary.config_hash, journal_digest=summary.journal_digest
+                ),
+            )
+        say(f"report: {report}")
+    if json:
+        print_json(summary)
+    else:
+        _print(summary)
+    if summary.num_rejected or summary.num_failed:
+        warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
+
+
+def _print(summary: "Summary") -> None:
+    columns = ("", "requests", "finished", "ttft p50 ms", "p99", "tpot p50 ms", "p99", "e2e p50 s", "p99", "SLO met")
+    rows = [_row("all", summary)]
+    if len(summary.by_class) > 1:
+        rows += [_row(f"class {group.priority}", group) for group in summary.by_class]
+    if len(summary.by_tenant) > 1:
+        rows += [_row(f"tenant {group.tenant}", group) for group in summary.by_tenant[:20]]
+    print_table(columns, rows)
+    print()
+    print_table(
+        ("goodput /s", "output tokens /s", "steps", "preemptions", "prefix hits", "span s", "CPU s", "peak MB"),
+        [
+            (
+                summary.goodput_rps,
+                summary.output_tokens_per_second,
+                summary.num_steps,
+                summary.num_preemptions,
+                summary.prefix_hit_rate,
+                summary.span_seconds,
+                summary.cpu_seconds,
+                summary.peak_rss_mb,
+            )
+        ],
+    )
+
+
+def _row(name: str, group: "GroupSummary") -> tuple[object, ...]:
+    ttft, tpot, e2e = group.ttft_ms, group.tpot_ms, group.e2e_ms
+    return (
+        name,
+        group.num_requests,
+        group.num_finished,
+        ttft.p50,
+        ttft.p99,
+        tpot.p50,
+        tpot.p99,
+        None if e2e.p50 is None else e2e.p50 / 1000,
+        None if e2e.p99 is None else e2e.p99 / 1000,
+        group.slo_attainment,
+    )

@@ -1,0 +1,31 @@
+"""Targets as the command line takes them: `ttft=500,tpot=50,e2e=10000`, in milliseconds."""
+
+import math
+
+from rota.base.errors import ConfigError
+from rota.base.instant import milliseconds
+from rota.base.nearest import did_you_mean
+from rota.serving.model.request import SLO
+
+_NAMES = ("ttft", "tpot", "e2e")
+
+
+def slo_of(flag: str, text: str | None) -> SLO:
+    """Parse targets; none are promised if `text` is None. Raises `ConfigError` that begins with the flag."""
+    targets = {}
+    for part in (text or "").split(",") if text is not None else ():
+        name, equals, value = part.strip().partition("=")
+        if not equals:
+            raise ConfigError(f"{flag}: {part.strip()!r} is not of the form name=milliseconds", hint="such as ttft=500")
+        if name not in _NAMES:
+            raise ConfigError(f"{flag}: unknown target {name!r}", hint=did_you_mean(name, _NAMES))
+        if name in targets:
+            raise ConfigError(f"{flag}: {name} is given twice")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise ConfigError(f"{flag}: {name} must be a number of milliseconds above 0, not {value!r}")
+        targets[name] = milliseconds(number)
+    return SLO(**targets)
