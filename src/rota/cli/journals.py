@@ -1,0 +1,49 @@
+"""Journals on disk, and the machines that made them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rota.base.errors import DataError
+from rota.base.journal import JournalFile, Row, read_journal
+from rota.base.machine import Machine
+from rota.serving.assemble import ROW_TYPES, SystemConfig, build, build_instance, instance_name
+
+_ENGINE = "instance"
+"""The one machine in a journal that an engine wrote about itself."""
+
+
+def open_journal(path: Path) -> JournalFile:
+    """A journal of a system, or of one engine. Raises `DataError` if it is none."""
+    return read_journal(path, {**ROW_TYPES, _ENGINE: ROW_TYPES["instance/"]})
+
+
+class FreshMachines:
+    """The machines of a journal, built anew from the configuration in its header."""
+
+    def __init__(self, journal: JournalFile) -> None:
+        """Raises `DataError` if the header does not say how to build them, and what `build` raises."""
+        try:
+            self._config = msgspec.convert(journal.header.config, SystemConfig)
+        except msgspec.ValidationError as error:
+            raise DataError(
+                f"{journal.path}:1: the header's config does not say what machines to build: {error}",
+                hint=f"it was written by rota {journal.header.rota_version}",
+            ) from None
+        self._journal = journal
+        self.by_name: dict[str, Machine[Any, Any]] = build(self._config).by_name()
+
+    def rows(self) -> Iterator[Row]:
+        """The journal's rows. An instance that restarted gets a fresh machine when its first row comes."""
+        for row in self._journal:
+            if row.machine not in self.by_name:
+                self._restart(row.machine)
+            yield row
+
+    def _restart(self, machine: str) -> None:
+        for spec in self._config.instances:
+            incarnation = machine.removeprefix(f"{instance_name(spec.id)}#")
+            if incarnation.isdecimal() and machine == instance_name(spec.id, int(incarnation)):
+                self.by_name[machine] = build_instance(self._config.stack, spec, is_leaping=self._config.is_leaping)
