@@ -1,0 +1,267 @@
+"""`rota serve`: the router, over engines that it starts itself or that run already."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rota.base.errors import ConfigError
+from rota.base.nearest import did_you_mean
+from rota.cli.flags import Json, Seed, at_least, positive, writing
+from rota.cli.output import print_json, say
+
+if TYPE_CHECKING:
+    from rota.runtime.live import LiveLoop
+    from rota.serving.assemble import System, SystemConfig
+    from rota.serving.engines.engine import Engine
+    from rota.serving.frontdoor.serve import Router
+
+VLLM, SIMULATED = "vllm", "simulated"
+STOCK = ("fcfs", "priority")
+
+
+def serve(
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="`vllm`, `simulated`, or the URL of a server that runs already (repeat for several)."),
+    ] = None,
+    instances: Annotated[int, typer.Option(help="Number of vLLM or simulated engines.")] = 2,
+    stack: Annotated[Path | None, typer.Option(help="Stack file (TOML): which policies decide.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder for vLLM; a small packaged model if left out.")
+    ] = None,
+    stock: Annotated[
+        str | None, typer.Option(help="Run vLLM without our scheduler, under its own `fcfs` or `priority`.")
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of each vLLM, such as max_num_seqs=16.")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="Model and accelerator of simulated engines.")] = "llama-3.1-8b-a100",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 8000,
+    journal: Annotated[
+        Path | None, typer.Option(help="Write every event and decision; for replay and explain.")
+    ] = None,
+    journal_max_mb: Annotated[float, typer.Option(help="Where the journal stops growing.")] = 1024.0,
+    run_dir: Annotated[Path, typer.Option(help="Logs and per-step facts of the engines.")] = Path("runs"),
+    start_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For the first engine to be ready.")] = 600.0,
+    drain: Annotated[float, typer.Option(metavar="SECONDS", help="For requests under way, after Ctrl-C.")] = 30.0,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Serve the OpenAI API on one port, over several engines, until Ctrl-C.
+
+    The stack's order, batch and memory policies run inside each vLLM (or simulated engine), its dispatch and admission
+    policies here. A second Ctrl-C stops at once.
+    """
+    from rota.serving.stack import load_stack
+
+    kinds = engine or [VLLM]
+    if len({_kind(word) for word in kinds}) > 1 or (len(kinds) > 1 and _kind(kinds[0]) != "url"):
+        raise ConfigError("--engine: give `vllm`, or `simulated`, or URLs, not a mixture")
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port: must be from 0 to 65535, not {port}")
+    if stock is not None and stock not in STOCK:
+        raise ConfigError(f"--stock: unknown scheduling policy {stock!r} of vLLM", hint=did_you_mean(stock, STOCK))
+    _run(
+        kinds=kinds,
+        num_instances=at_least("--instances", instances, 1),
+        stack_path=stack,
+        stack=load_stack(stack),
+        model=model,
+        stock=stock,
+        options=_options(engine_option or []),
+        profile=profile,
+        host=host,
+        port=port,
+        journal_path=journal,
+        journal_max_bytes=round(positive("--journal-max-mb", journal_max_mb) * 1e6),
+        run_dir=run_dir,
+        start_timeout=positive("--start-timeout", start_timeout),
+        drain=drain,
+        seed=seed,
+        json=json,
+    )
+
+
+def _kind(word: str) -> str:
+    if word in (VLLM, SIMULATED):
+        return word
+    if "://" in word:
+        return "url"
+    raise ConfigError(
+        f"--engine: {word!r} is neither `vllm`, `simulated` nor a URL", hint="such as http://127.0.0.1:8001"
+    )
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` settings of a vLLM server, converted to the types of `VllmServer`."""
+    import msgspec
+
+    from rota.serving.engines.vllm.server import VllmServer
+
+    known = {
+        name: kind
+        for name, kind in VllmServer.__annotations__.items()
+        if name in ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+                    "num_gpu_blocks_override", "kv_cache_gib", "enforce_eager", "async_scheduling")
+    }  # fmt: skip
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--engine-option: {word!r} is not of the form KEY=VALUE")
+        if key not in known:
+            raise ConfigError(f"--engine-option: unknown setting {key!r}", hint=did_you_mean(key, known))
+        try:
+            options[key] = msgspec.convert(value, known[key], strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"--engine-option: {key}: {error}, in {value!r}") from None
+    return options
+
+
+def _run(
+    *,
+    kinds: Sequence[str],
+    num_instances: int,
+    stack_path: Path | None,
+    stack: Any,
+    model: Path | None,
+    stock: str | None,
+    options: dict[str, Any],
+    profile: str,
+    host: str,
+    port: int,
+    journal_path: Path | None,
+    journal_max_bytes: int,
+    run_dir: Path,
+    start_timeout: float,
+    drain: float,
+    seed: int,
+    json: bool,
+) -> None:
+    import uvloop
+
+    from rota.base.journal import Journal
+    from rota.runtime.clocks import SystemClock
+    from rota.runtime.live import LiveLoop
+    from rota.serving.assemble import SystemConfig, build, header_of
+    from rota.serving.engines.openai import OpenAIEngine
+    from rota.serving.frontdoor.serve import ServeConfig
+    from rota.serving.frontdoor.serve import serve as serve_until_signal
+    from rota.serving.model.instance import InstanceId
+
+    kind = _kind(kinds[0])
+    config = SystemConfig(stack=stack, seed=seed, is_leaping=False)
+    if kind == SIMULATED:
+        config = _with_simulated(config, num_instances, profile)
+    system = build(config)
+    journal = None
+    if journal_path is not None:
+        with writing("--journal", journal_path):
+            journal = Journal(header_of(config), path=journal_path, max_bytes=journal_max_bytes)
+
+    async def run() -> None:
+        loop = LiveLoop(SystemClock(), journal)
+        engines: Sequence[Engine]
+        if kind == SIMULATED:
+            engines = _simulated(loop, system, config, profile)
+        elif kind == VLLM:
+            engines = _vllm(num_instances, stack_path, model, stock, options, run_dir)
+        else:
+            engines = [OpenAIEngine(InstanceId(f"e{index}"), url) for index, url in enumerate(kinds)]
+        say(f"starting {len(engines)} {'engines' if len(engines) > 1 else 'engine'} ({kind}); ready within minutes")
+        await serve_until_signal(
+            ServeConfig(host=host, port=port, drain_seconds=drain, start_timeout_seconds=start_timeout),
+            loop=loop,
+            machine=system.cluster,
+            engines=engines,
+            on_ready=lambda router: _announce(router, json),
+        )
+
+    try:
+        uvloop.run(run())
+    finally:
+        if journal is not None:
+            journal.close()
+    say("stopped")
+
+
+def _announce(router: "Router", json: bool) -> None:
+    url = f"{router.url}/v1"
+    if json:
+        print_json({"url": url, "instances": [engine.id for engine in router.engines]})
+    say(f"ready: {url} (the first of {len(router.engines)} instances answers; Ctrl-C stops)")
+
+
+def _with_simulated(config: "SystemConfig", num_instances: int, profile: str) -> "SystemConfig":
+    import msgspec
+
+    from rota.serving.model.instance import InstanceId, InstanceSpec
+    from rota.serving.predictors.step_time.profiles import load_profile
+
+    limits = load_profile(profile).instance_limits()
+    specs = tuple(InstanceSpec(InstanceId(f"sim-{index}"), limits) for index in range(num_instances))
+    return msgspec.structs.replace(config, instances=specs)
+
+
+def _simulated(loop: "LiveLoop", system: "System", config: "SystemConfig", profile: str) -> "Sequence[Engine]":
+    from rota.serving.live.simulated import simulated_engines
+    from rota.serving.predictors.step_time.profiles import load_profile
+
+    return simulated_engines(loop, system, config, load_profile(profile).predictor())
+
+
+def _vllm(
+    num_instances: int,
+    stack_path: Path | None,
+    model: Path | None,
+    stock: str | None,
+    options: dict[str, Any],
+    run_dir: Path,
+) -> "Sequence[Engine]":
+    from rota.serving.engines.managed import ManagedEngine, free_port
+    from rota.serving.engines.model_package import MODEL_NAME, prepare_model
+    from rota.serving.engines.process import ProcessSpec
+    from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
+    from rota.serving.engines.vllm.server import VllmServer
+    from rota.serving.model.capabilities import NOTHING
+    from rota.serving.model.instance import InstanceId
+
+    folder = prepare_model(say=say) if model is None else model
+    if not folder.is_dir():
+        raise ConfigError(f"--model: {folder} is not a folder", hint="give a folder that vLLM can load")
+    with writing("--run-dir", run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    engines = []
+    for index in range(num_instances):
+        instance_id = InstanceId(f"vllm-{index}")
+        plugin = stock is None
+        server = VllmServer(
+            model=folder,
+            port=free_port(),
+            served_model_name=MODEL_NAME if model is None else folder.name,
+            plugin=plugin,
+            stack=stack_path if plugin else None,
+            facts=run_dir / f"{instance_id}.facts.jsonl" if plugin else None,
+            scheduling_policy="priority" if stock == "priority" else "fcfs",
+            # One core each, in turn: instances that share all cores stall each other.
+            cores=str(index % (os.cpu_count() or 1)),
+            **options,
+        )
+        engines.append(
+            ManagedEngine(
+                instance_id,
+                server.url,
+                ProcessSpec(
+                    name=instance_id,
+                    command=tuple(server.command()),
+                    log_path=str(run_dir / f"{instance_id}.log"),
+                    env=dict(server.environment()),
+                ),
+                capabilities=VLLM_CAPABILITIES if plugin else NOTHING,
+            )
+        )
+    return engines
