@@ -74,7 +74,7 @@ BAD = {
     "a model that is a number": (chat(model=7), 400, "model", "str"),
     "max_tokens zero": (chat(max_tokens=0), 400, "max_tokens", ">= 1"),
     "max_tokens negative": (chat(max_tokens=-3), 400, "max_tokens", ">= 1"),
-    "max_tokens a fraction": (chat(max_tokens=1.5), 400, "max_tokens", "int"),
+    "max_tokens a fraction": (chat(max_tokens=1.5), 400, "max_tokens", "whole number"),
     "max_tokens a string": (chat(max_tokens="10"), 400, "max_tokens", "int"),
     "max_tokens beyond all bounds": (chat(max_tokens=10**30), 400, "max_tokens", "int"),
     "max_completion_tokens true": (chat(max_completion_tokens=True), 400, "max_completion_tokens", "int"),
@@ -252,6 +252,7 @@ async def test_every_bad_request_is_answered_with_the_spot_named() -> None:
         post(TEXT, {"prompt": [1, 2, 3], "max_tokens": 1}),
         post(TEXT, {"prompt": [[1], [2, 3]], "max_tokens": 1}),
         post(TEXT, {"prompt": "", "max_tokens": 1}),
+        post(TEXT, {"prompt": [1.0, 2], "max_tokens": 2.0, "n": 1.0, "priority": -1.0}),
         b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\n"
         b"transfer-encoding: chunked\r\n\r\n"
         b'5\r\n{"pro\r\n1c\r\nmpt": "hi", "max_tokens": 1}\r\n0\r\n\r\n',

@@ -13,8 +13,16 @@ import msgspec
 from rota.serving.frontdoor.problems import Problem
 
 _INT_MAX = 2**31 - 1
-_Count = Annotated[int, msgspec.Meta(ge=1, le=_INT_MAX)]
-_Priority = Annotated[int, msgspec.Meta(ge=-_INT_MAX, le=_INT_MAX)]
+# JSON has no integers of its own: 5.0 is one, for its schemas and for the engines.
+_Integral = Annotated[float, msgspec.Meta(multiple_of=1)]
+_Count = (
+    Annotated[int, msgspec.Meta(ge=1, le=_INT_MAX)] | Annotated[float, msgspec.Meta(multiple_of=1, ge=1, le=_INT_MAX)]
+)
+_Priority = (
+    Annotated[int, msgspec.Meta(ge=-_INT_MAX, le=_INT_MAX)]
+    | Annotated[float, msgspec.Meta(multiple_of=1, ge=-_INT_MAX, le=_INT_MAX)]
+)
+_Choices = Annotated[int, msgspec.Meta(ge=1, le=1024)] | Annotated[float, msgspec.Meta(multiple_of=1, ge=1, le=1024)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 _Name = Annotated[str, msgspec.Meta(max_length=256)]
 
@@ -57,13 +65,13 @@ class Body(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: _Count | None = None
-    n: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
+    n: _Choices | None = None
     stop: str | list[str] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    seed: int | None = None
+    seed: int | _Integral | None = None
     user: str | None = None
     priority: _Priority | None = None
     session_id: _Name | None = None
@@ -85,13 +93,13 @@ class CompletionBody(Body, kw_only=True):
     prompt: msgspec.Raw
 
 
-Prompt = str | list[str] | list[int] | list[list[int]]
+Prompt = str | list[str] | list[int | float] | list[list[int | float]]
 
 _chat = msgspec.json.Decoder(ChatBody).decode
 _completion = msgspec.json.Decoder(CompletionBody).decode
 _messages = msgspec.json.Decoder(Annotated[list[Message], msgspec.Meta(min_length=1)]).decode
 _text_prompt = msgspec.json.Decoder(str).decode
-_list_prompt = msgspec.json.Decoder(list[str | int | list[int]]).decode
+_list_prompt = msgspec.json.Decoder(list[str | int | _Integral | list[int | _Integral]]).decode
 
 _AT = re.compile(r" - at `\$?(.*)`$")
 _MISSING = re.compile(r"required field `([^`]+)`")
@@ -112,8 +120,8 @@ def read_completion(raw: bytes) -> tuple[CompletionBody, Prompt]:
     items: list[Any] = _decoded(_list_prompt, body.prompt, "prompt")
     if not items:
         raise Problem(400, "prompt must not be an empty array", param="prompt")
-    kinds = {type(item) for item in items}
-    if len(kinds) > 1:
+    kinds = {type(item) for item in items} - {float}
+    if len(kinds) > 1 or (kinds & {str, list} and any(isinstance(item, float) for item in items)):
         raise Problem(400, "prompt mixes strings, token ids and arrays; it must hold one kind", param="prompt")
     return body, items
 
@@ -149,7 +157,7 @@ def _invalid(text: str, prefix: str) -> Problem:
     if missing:
         path = f"{path}.{missing.group(1)}"
     path = path.lstrip(".")
-    message = _AT.sub("", text)
+    message = _AT.sub("", text).replace("Expected `float` that's a multiple of 1.0", "Expected a whole number")
     return Problem(400, f"{path}: {message}" if path else message, param=path or None, code="invalid_type")
 
 

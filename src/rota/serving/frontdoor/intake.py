@@ -67,7 +67,7 @@ class Intake:
             id=self._request_id(identity),
             arrived_at=now,
             num_prompt_tokens=num_tokens,
-            max_tokens=max_tokens,
+            max_tokens=int(max_tokens),
             priority=_priority(identity, body),
             tenant=TenantId(identity.tenant) if identity.tenant else DEFAULT_TENANT,
             program=_program(identity, body),
@@ -104,7 +104,7 @@ def _check_media_type(http: HttpRequest) -> None:
 
 
 def _priority(identity: Identity, body: bodies.Body) -> int:
-    return identity.priority if identity.priority is not None else body.priority or 0
+    return identity.priority if identity.priority is not None else int(body.priority or 0)
 
 
 def _session(identity: Identity, body: bodies.Body) -> str | None:

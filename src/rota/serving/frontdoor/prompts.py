@@ -43,7 +43,7 @@ def num_prompt_tokens(prompt: Prompt) -> int:
         return max(1, _quarter(_num_bytes(prompt)))
     num_tokens = 0
     for item in prompt:
-        if isinstance(item, int):
+        if isinstance(item, int | float):
             num_tokens += 1
         elif isinstance(item, str):
             num_tokens += _quarter(_num_bytes(item))

@@ -42,7 +42,7 @@ class _Wishes(msgspec.Struct):
         include_usage: bool | None = None
 
     model: str | None = None
-    n: int | None = None
+    n: int | float | None = None
     ignore_eos: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -152,7 +152,7 @@ class SimulatedEngine:
             request.id,
             is_chat=call.path.startswith("/v1/chat"),
             model=wishes.model or self.model,
-            num_choices=wishes.n or 1,
+            num_choices=int(wishes.n or 1),
             num_prompt_tokens=request.num_prompt_tokens,
             finish_reason="length" if num_tokens >= request.max_tokens else "stop",
             include_usage=bool(wishes.stream_options and wishes.stream_options.include_usage),
@@ -167,7 +167,7 @@ class SimulatedEngine:
     def pause(self, request_id: RequestId, paused: bool) -> None:
         """Ignored: a batch does not wait for one of its readers."""
 
-    # --- the world --------------------------------------------------------------------------------------------------
+    # --- the world ---------------------------------------------------------------------------------------------------
 
     def _draw_length(self, request: Request, ignore_eos: bool) -> int:
         natural = max(1, round(_MEDIAN_TOKENS * math.exp(self._lengths.normal(0.0, _SIGMA))))

@@ -1,0 +1,105 @@
+"""The HTTP surface under a property-based fuzzer, against the router's own OpenAPI description, over a real socket."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from rota.serving.model.instance import InstanceLimits
+from rota.testing.router import RunningRouter, running_router
+
+NUM_EXAMPLES = 30
+
+
+class RouterThread:
+    """A router on a loop of its own, so that a blocking client can be let loose on it."""
+
+    def __init__(self) -> None:
+        self.running: RunningRouter | None = None
+        self._ready = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._run()), daemon=True)
+
+    async def _run(self) -> None:
+        # Large enough that what the fuzzer thinks up fits: a refusal for length would be right, but teaches nothing.
+        async with running_router(num_simulated=2, limits=InstanceLimits(num_blocks=65_536)) as self.running:
+            self._ready.set()
+            await self._stop.wait()
+
+    def start(self) -> RunningRouter:
+        self._thread.start()
+        assert self._ready.wait(20)
+        assert self.running is not None
+        return self.running
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RunningRouter]:
+    thread = RouterThread()
+    yield thread.start()
+    thread.stop()
+
+
+OPERATIONS = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "GET /v1/models",
+    "GET /health",
+    "GET /metrics",
+)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_every_answer_is_one_that_the_description_promises(
+    label: str, mode: GenerationMode, running: RunningRouter
+) -> None:
+    schema = schemathesis.openapi.from_url(running.url + "/openapi.json")
+    operation = next(found.ok() for found in schema.get_all_operations() if found.ok().label == label)
+    if mode is GenerationMode.NEGATIVE and label.startswith("GET"):
+        pytest.skip("there is nothing to get wrong in a request without parameters")
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=NUM_EXAMPLES if label.startswith("POST") else 3,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def fuzz(case: schemathesis.Case) -> None:
+        # An answer of two thousand million words takes long.
+        for field in ("max_tokens", "max_completion_tokens"):
+            if isinstance(case.body, dict) and isinstance(case.body.get(field), int):
+                case.body[field] = min(case.body[field], 20)
+        case.call_and_validate(timeout=20)
+
+    fuzz()
+
+
+def test_after_the_fuzzer_the_router_is_whole(running: RunningRouter) -> None:
+    machine = running.router.cluster.machine
+    machine.check()
+    counts = machine.counts()
+    assert counts.num_finished > 30, "the fuzzer hardly got through to an engine"
+    assert not running.router.cluster.flights
+    assert counts.num_failed == 0
+
+
+def test_the_description_is_valid_and_names_what_is_served(running: RunningRouter) -> None:
+    from rota.serving.frontdoor.http1 import HttpLimits
+    from rota.serving.frontdoor.openapi import describe
+
+    description = json.loads(json.dumps(describe(HttpLimits())))
+    assert set(description["paths"]) == set(running.router.door._routes)
