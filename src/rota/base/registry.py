@@ -1,7 +1,7 @@
 """Names to classes, looked up when asked for: a table of `"module:Class"` plus whatever other packages entered.
 
 A table is data. Nothing is imported before it is loaded, so that listing names is free and optional dependencies stay
-optional. Other packages add names through the entry-point group.
+optional. Other packages add names through the entry-point group; a class that has no name yet goes by `"module:Class"`.
 """
 
 import importlib
@@ -31,7 +31,8 @@ class Registry:
         return sorted(self.table.keys() | self._entry_points().keys())
 
     def load(self, name: str, *, where: str = "") -> type[Any]:
-        """Import and return the class behind a name. A `ConfigError` begins with `where`, the spot that named it."""
+        """Import and return the class behind a name, or at `module:Class`. A `ConfigError` begins with `where`, the spot
+        that named it."""
         prefix = f"{where}: " if where else ""
         outside = self._entry_points().get(name)
         spec = self.table.get(name)
@@ -40,14 +41,17 @@ class Registry:
                 f"{prefix}{self.kind} {name!r} is built in, and entry point {outside.value!r} claims the same name",
                 hint="rename or uninstall the package that brings the entry point",
             )
-        target = spec or (outside.value if outside else None)
+        target = spec or (outside.value if outside else name if ":" in name else None)
         if target is None:
             raise ConfigError(f"{prefix}unknown {self.kind} {name!r}", hint=did_you_mean(name, self.names()))
         module_name, _, class_name = target.partition(":")
         try:
             loaded = getattr(importlib.import_module(module_name), class_name)
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{prefix}{self.kind} {name!r} cannot be imported from {target}: {error}") from error
+            raise ConfigError(
+                f"{prefix}{self.kind} {name!r} cannot be imported from {target}: {error}",
+                hint="modules are looked for where Python looks; PYTHONPATH adds a folder",
+            ) from error
         if not isinstance(loaded, type):
             raise ConfigError(f"{prefix}{self.kind} {name!r}: {target} is not a class")
         return loaded

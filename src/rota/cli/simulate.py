@@ -12,6 +12,7 @@ from rota.cli.targets import slo_of
 
 if TYPE_CHECKING:
     from rota.serving.metrics.summary import GroupSummary, Summary
+    from rota.serving.sim.run import SimulationConfig, SimulationResult
 
 
 class Engine(StrEnum):
@@ -48,8 +49,6 @@ def simulate(
 
     The engines know a request's true output length only when it ends; policies never do.
     """
-    from rota.base.provenance import provenance
-    from rota.serving.metrics.report import write_run_report
     from rota.serving.sim.run import SimulationConfig
     from rota.serving.sim.run import simulate as run
     from rota.serving.stack import load_stack
@@ -74,17 +73,7 @@ def simulate(
     summary = result.summary
     if report is not None:
         with writing("--report", report):
-            write_run_report(
-                report,
-                f"{trace.name} on {instances} × {profile}",
-                records=result.records,
-                summary=summary,
-                samples=result.samples,
-                num_blocks={spec.id: spec.limits.num_blocks for spec in result.system.instances},
-                provenance=provenance(
-                    seed=seed, config_hash=summary.config_hash, journal_digest=summary.journal_digest
-                ),
-            )
+            _write_report(report, config, result)
         say(f"report: {report}")
     if json:
         print_json(summary)
@@ -92,6 +81,22 @@ def simulate(
         _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
+
+
+def _write_report(path: Path, config: "SimulationConfig", result: "SimulationResult") -> None:
+    from rota.base.provenance import provenance
+    from rota.serving.metrics.report import write_run_report
+
+    summary = result.summary
+    write_run_report(
+        path,
+        f"{config.trace.name} on {config.num_instances} × {config.profile}",
+        records=result.records,
+        summary=summary,
+        samples=result.samples,
+        num_blocks={spec.id: spec.limits.num_blocks for spec in result.system.instances},
+        provenance=provenance(seed=config.seed, config_hash=summary.config_hash, journal_digest=summary.journal_digest),
+    )
 
 
 def _print(summary: "Summary") -> None:

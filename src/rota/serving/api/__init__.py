@@ -1,5 +1,6 @@
 """Everything a policy imports, and all it imports (beside `rota.base`)."""
 
+from rota.serving.api.cursors import InOrder
 from rota.serving.api.decisions import Admission, OnRefusal, Pick, Pool, Refusal
 from rota.serving.api.policies import (
     AdmissionPolicy,
@@ -32,6 +33,7 @@ __all__ = [
     "DispatchPolicy",
     "EngineCapabilities",
     "EngineView",
+    "InOrder",
     "InstanceId",
     "InstanceLimits",
     "InstanceView",

@@ -1,35 +1,8 @@
 """First come, first served."""
 
-from collections.abc import Iterator
 from typing import Literal
 
-from rota.serving.api import (
-    NOTHING,
-    EngineCapabilities,
-    EngineView,
-    OnRefusal,
-    Pool,
-    Refusal,
-    SequenceView,
-)
-
-
-class InOrder:
-    """A cursor over sequences in a given order that stops at the first refusal, so that nobody is overtaken."""
-
-    __slots__ = ("_sequences",)
-
-    def __init__(self, sequences: Iterator[SequenceView]) -> None:
-        self._sequences = sequences
-
-    def next(self) -> SequenceView | None:
-        return next(self._sequences, None)
-
-    def granted(self, sequence: SequenceView, num_tokens: int) -> None:
-        pass
-
-    def refused(self, sequence: SequenceView, why: Refusal) -> OnRefusal:
-        return OnRefusal.STOP
+from rota.serving.api import NOTHING, EngineCapabilities, EngineView, InOrder, Pool, SequenceView
 
 
 class Fcfs:
@@ -43,7 +16,7 @@ class Fcfs:
     displacing = False
 
     def open(self, view: EngineView, pool: Pool) -> InOrder:
-        return InOrder(iter(view.running if pool is Pool.RUNNING else view.waiting))
+        return InOrder(view.running if pool is Pool.RUNNING else view.waiting)
 
     def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
         return False

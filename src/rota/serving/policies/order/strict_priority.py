@@ -6,8 +6,7 @@ from typing import Literal
 
 from rota.base.errors import ConfigError
 from rota.base.instant import seconds
-from rota.serving.api import Capability, EngineCapabilities, EngineView, Pool, SequenceView
-from rota.serving.policies.order.fcfs import InOrder
+from rota.serving.api import Capability, EngineCapabilities, EngineView, InOrder, Pool, SequenceView
 
 
 class StrictPriority:
@@ -45,8 +44,8 @@ class StrictPriority:
         running = view.running
         first = running[0].priority if running else 0
         if self._ageing is None and all(sequence.priority == first for sequence in running):
-            return InOrder(iter(running))
-        return InOrder(iter(sorted(running, key=lambda sequence: self._class(view, sequence))))
+            return InOrder(running)
+        return InOrder(sorted(running, key=lambda sequence: self._class(view, sequence)))
 
     def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
         return self._class(view, waiting) < self._class(view, running)
