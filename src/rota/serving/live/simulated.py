@@ -126,10 +126,18 @@ class SimulatedEngine:
     async def probe(self) -> EngineStatus:
         if self._is_lost:
             raise EngineError(f"{self.id}: the simulated engine was lost")
+        return self.status()
+
+    async def report(self) -> InstanceReport:
+        return self.load()
+
+    def status(self) -> EngineStatus:
+        """What it is."""
         model = {"id": self.model, "object": "model", "created": 0, "owned_by": "rota"}
         return EngineStatus(self.spec, ({**model, "max_model_len": self.spec.limits.max_model_len},))
 
-    async def report(self) -> InstanceReport:
+    def load(self) -> InstanceReport:
+        """What it has to do now."""
         statistics = self._machine.statistics()
         return InstanceReport(
             instance_id=self.id,
