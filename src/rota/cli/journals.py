@@ -10,6 +10,7 @@ from rota.base.errors import DataError
 from rota.base.journal import JournalFile, Row, read_journal
 from rota.base.machine import Machine
 from rota.serving.assemble import ROW_TYPES, SystemConfig, build, build_instance, instance_name
+from rota.serving.stack import StackConfig, engine_policies
 
 _ENGINE = "instance"
 """The one machine in a journal that an engine wrote about itself."""
@@ -24,16 +25,33 @@ class FreshMachines:
     """The machines of a journal, built anew from the configuration in its header."""
 
     def __init__(self, journal: JournalFile) -> None:
-        """Raises `DataError` if the header does not say how to build them, and what `build` raises."""
+        """Raises `DataError` if the header does not say how to build them, and what building them raises."""
+        self._journal = journal
+        self._config = SystemConfig()
+        config = journal.header.config
+        if isinstance(config, dict) and "planning" in config:
+            self.by_name: dict[str, Machine[Any, Any]] = {_ENGINE: self._engine_machine(journal)}
+        else:
+            self._config = self._system_config(config)
+            self.by_name = build(self._config).by_name()
+
+    def _engine_machine(self, journal: JournalFile) -> Machine[Any, Any]:
+        """The machine that stands for one vLLM instance with our plug-in."""
+        from rota.base.config import parse_toml
+        from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
+        from rota.serving.engines.vllm.replay import fresh_machine, stack_of
+
+        stack = parse_toml(stack_of(journal.header), StackConfig, f"{journal.path}:1: stack")
+        return fresh_machine(journal.header, engine_policies(stack, VLLM_CAPABILITIES, "vLLM 0.32"))
+
+    def _system_config(self, config: object) -> SystemConfig:
         try:
-            self._config = msgspec.convert(journal.header.config, SystemConfig)
+            return msgspec.convert(config, SystemConfig)
         except msgspec.ValidationError as error:
             raise DataError(
-                f"{journal.path}:1: the header's config does not say what machines to build: {error}",
-                hint=f"it was written by rota {journal.header.rota_version}",
+                f"{self._journal.path}:1: the header's config does not say what machines to build: {error}",
+                hint=f"it was written by rota {self._journal.header.rota_version}",
             ) from None
-        self._journal = journal
-        self.by_name: dict[str, Machine[Any, Any]] = build(self._config).by_name()
 
     def rows(self) -> Iterator[Row]:
         """The journal's rows. An instance that restarted gets a fresh machine when its first row comes."""
