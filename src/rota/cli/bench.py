@@ -33,47 +33,61 @@ class Api(StrEnum):
     COMPLETIONS = "completions"
 
 
+_Url = Annotated[str, typer.Argument(metavar="URL", help="The server, such as http://127.0.0.1:8000.")]
+_Rate = Annotated[float | None, typer.Option("--rate", help="Requests per second, arriving at random.")]
+_Burstiness = Annotated[
+    float | None, typer.Option("--burstiness", help="1 is Poisson, less is burstier, more is steadier.")
+]
+_Trace = Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Replay a trace in place of --rate.")]
+_Speedup = Annotated[float | None, typer.Option("--speedup", help="Replay the trace so many times as fast.")]
+_NumRequests = Annotated[
+    int | None, typer.Option("--num-requests", help="Send so many; 100 if --duration is not given either.")
+]
+_Duration = Annotated[
+    float | None, typer.Option("--duration", metavar="SECONDS", help="Send for so long, then wait for answers.")
+]
+_NumWarmups = Annotated[int, typer.Option("--num-warmups", help="Leave the first so many out of the report.")]
+_PromptTokens = Annotated[
+    str | None,
+    typer.Option("--prompt-tokens", metavar="N|QUANTILES", help="256, or 0=16,0.5=256,1=2048. Caps a trace."),
+]
+_MaxTokens = Annotated[str | None, typer.Option("--max-tokens", metavar="N|QUANTILES", help="Output tokens, likewise.")]
+_IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Ask for all of --max-tokens (vLLM).")]
+_Classes = Annotated[
+    list[str] | None,
+    typer.Option("--class", metavar="FACTS", help="name=high,share=0.1,priority=-1,tenant=a,ttft=500,… Repeatable."),
+]
+_Tenants = Annotated[
+    list[str] | None, typer.Option("--tenant", metavar="NAME[=SHARE]", help="Send as this tenant. Repeatable.")
+]
+_Slo = Annotated[str | None, typer.Option("--slo", help="Targets in ms, such as ttft=500,tpot=50.")]
+_Model = Annotated[str | None, typer.Option("--model", help="The server's first, if not given.")]
+_Api = Annotated[Api, typer.Option("--api", help="Which endpoint to ask.")]
+_Tokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, for exact prompt lengths.")
+]
+_Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Of one request.")]
+
+
 def bench(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The server, such as http://127.0.0.1:8000.")],
-    rate: Annotated[float | None, typer.Option("--rate", help="Requests per second, arriving at random.")] = None,
-    burstiness: Annotated[
-        float | None, typer.Option("--burstiness", help="1 is Poisson, less is burstier, more is steadier.")
-    ] = None,
-    trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="FILE", help="Replay a trace in place of --rate.")
-    ] = None,
-    speedup: Annotated[float | None, typer.Option("--speedup", help="Replay the trace so many times as fast.")] = None,
-    num_requests: Annotated[
-        int | None, typer.Option("--num-requests", help="Send so many; 100 if --duration is not given either.")
-    ] = None,
-    duration: Annotated[
-        float | None, typer.Option("--duration", metavar="SECONDS", help="Send for so long, then wait for answers.")
-    ] = None,
-    num_warmups: Annotated[int, typer.Option("--num-warmups", help="Leave the first so many out of the report.")] = 0,
-    prompt_tokens: Annotated[
-        str | None,
-        typer.Option("--prompt-tokens", metavar="N|QUANTILES", help="256, or 0=16,0.5=256,1=2048. Caps a trace."),
-    ] = None,
-    max_tokens: Annotated[
-        str | None, typer.Option("--max-tokens", metavar="N|QUANTILES", help="Output tokens, likewise.")
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Ask for all of --max-tokens (vLLM).")] = False,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--class", metavar="FACTS", help="name=high,share=0.1,priority=-1,tenant=a,ttft=500,… Repeatable."
-        ),
-    ] = None,
-    tenants: Annotated[
-        list[str] | None, typer.Option("--tenant", metavar="NAME[=SHARE]", help="Send as this tenant. Repeatable.")
-    ] = None,
-    slo: Annotated[str | None, typer.Option("--slo", help="Targets in ms, such as ttft=500,tpot=50.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The server's first, if not given.")] = None,
-    api: Annotated[Api, typer.Option("--api", help="Which endpoint to ask.")] = Api.CHAT,
-    tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, for exact prompt lengths.")
-    ] = None,
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Of one request.")] = 600.0,
+    url: _Url,
+    rate: _Rate = None,
+    burstiness: _Burstiness = None,
+    trace: _Trace = None,
+    speedup: _Speedup = None,
+    num_requests: _NumRequests = None,
+    duration: _Duration = None,
+    num_warmups: _NumWarmups = 0,
+    prompt_tokens: _PromptTokens = None,
+    max_tokens: _MaxTokens = None,
+    ignore_eos: _IgnoreEos = False,
+    classes: _Classes = None,
+    tenants: _Tenants = None,
+    slo: _Slo = None,
+    model: _Model = None,
+    api: _Api = Api.CHAT,
+    tokenizer: _Tokenizer = None,
+    timeout: _Timeout = 600.0,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -99,8 +113,6 @@ def bench(
     limit = None if num_requests is None else at_least("--num-requests", num_requests, 1)
     if limit is None and duration is None and trace is None:
         limit = DEFAULT_NUM_REQUESTS
-    if limit is not None and limit <= num_warmups:
-        raise ConfigError(f"--num-warmups: {num_warmups} of {limit} requests leave none to measure")
     if trace is None:
         if speedup is not None:
             raise ConfigError("--speedup: needs --trace")
@@ -110,10 +122,13 @@ def bench(
             if value is not None:
                 raise ConfigError(f"{flag}: the trace says when requests leave", hint="see --speedup")
         plan = _trace_plan(trace, speedup, prompt_tokens, max_tokens, mix, streams)
-    plan = _bounded(plan, limit, duration)
+    # Made whole before the first byte leaves: a bad row ends the run before it began.
+    planned = list(_bounded(plan, limit, duration))
+    if len(planned) <= num_warmups:
+        raise ConfigError(f"--num-warmups: {num_warmups} of {len(planned)} requests leave none to measure")
     prompts = Prompts(streams, None if tokenizer is None else FileTokenizer(tokenizer))
-    with Progress("measuring", total=limit, unit="requests") as progress:
-        result = run_load(plan, prompts, options, on_ended=progress.reached)
+    with Progress("measuring", total=len(planned), unit="requests") as progress:
+        result = run_load(planned, prompts, options, on_ended=progress.reached)
     report = result.report
     if json:
         print_json(report)
