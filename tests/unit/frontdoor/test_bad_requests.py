@@ -194,6 +194,7 @@ BAD = {
     "unknown path": (b"GET /v2/chat HTTP/1.1\r\nhost: t\r\n\r\n", 404, None, "/v2/chat"),
     "path up and away": (b"GET /../../etc/passwd HTTP/1.1\r\nhost: t\r\n\r\n", 404, None, "no /"),
     "wrong method": (b"GET /v1/chat/completions HTTP/1.1\r\nhost: t\r\n\r\n", 405, None, "POST"),
+    "a tunnel": (b"CONNECT example.org:443 HTTP/1.1\r\nhost: t\r\n\r\n", 405, None, "CONNECT"),
     "delete the models": (b"DELETE /v1/models HTTP/1.1\r\nhost: t\r\n\r\n", 405, None, "GET"),
 }
 

@@ -19,6 +19,7 @@ from rota.serving.frontdoor.problems import Problem
 Headers = list[tuple[bytes, bytes]]
 
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
 _NUM_PIPELINED_MAX = 16
 _DISCARDED_BYTES_MAX = 64 * 1024 * 1024
 _SWEEP_SECONDS = 1.0
@@ -181,7 +182,6 @@ class HttpConnection(asyncio.Protocol):
         self._num_head_bytes = 0
         self._in_head = True
         self._problem: Problem | None = None
-        self._message_done = False
 
     # --- what the event loop says ------------------------------------------------------------------------------------
 
@@ -220,12 +220,8 @@ class HttpConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # An offer to change the protocol may be ignored; what follows the request is parsed as HTTP again.
-            self._parser = httptools.HttpRequestParser(self)
-            rest = data[upgrade.args[0] :] if upgrade.args else b""
-            if self._message_done and rest and not self._closing:
-                self._begin_message()
-                self._feed(rest)
+            if self._problem is None and not self._closing:
+                self._decline_upgrade(data[upgrade.args[0] :])
             return
         except httptools.HttpParserError as error:
             if self._problem is None:
@@ -234,6 +230,18 @@ class HttpConnection(asyncio.Protocol):
             self._problem = self._head_too_large()
         if self._problem is not None:
             self._refuse(self._problem)
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Go on with HTTP/1.1, as a server may: some clients offer HTTP/2 with every request. The parser has stopped
+        after the headers, so they are parsed again without the offer."""
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(Problem(405, "CONNECT is not served here", code="method_not_allowed"))
+            return
+        kept = [b"%b: %b" % header for header in self._headers if header[0] not in _UPGRADE_HEADERS]
+        head = b"\r\n".join([method + b" " + self._url + b" HTTP/1.1", *kept])
+        self._parser = httptools.HttpRequestParser(self)
+        self._feed(head + b"\r\n\r\n" + rest)
 
     def eof_received(self) -> bool:
         return False  # A client that will say no more is taken to have left.
@@ -290,11 +298,10 @@ class HttpConnection(asyncio.Protocol):
                 self._body.append(body)
 
     def on_message_complete(self) -> None:
-        self._message_done = True
         self._in_head = True
         self._num_head_bytes = 0
         self._reading = False
-        if self._problem is not None:
+        if self._problem is not None or self._parser.should_upgrade():
             return
         method = self._parser.get_method().decode("ascii", "replace")
         request = HttpRequest(method, self._server.path_of(self._url), self._headers, b"".join(self._body))
