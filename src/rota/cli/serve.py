@@ -47,6 +47,7 @@ def serve(
     journal_max_mb: Annotated[float, typer.Option(help="Where the journal stops growing.")] = 1024.0,
     run_dir: Annotated[Path, typer.Option(help="Logs and per-step facts of the engines.")] = Path("runs"),
     start_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For the first engine to be ready.")] = 600.0,
+    wait_for_all: Annotated[bool, typer.Option(help="Say that it is ready only when every engine is.")] = False,
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="For requests under way, after Ctrl-C.")] = 30.0,
     seed: Seed = 0,
     json: Json = False,
@@ -80,6 +81,7 @@ def serve(
         journal_max_bytes=round(positive("--journal-max-mb", journal_max_mb) * 1e6),
         run_dir=run_dir,
         start_timeout=positive("--start-timeout", start_timeout),
+        wait_for_all=wait_for_all,
         drain=drain,
         seed=seed,
         json=json,
@@ -138,6 +140,7 @@ def _run(
     journal_max_bytes: int,
     run_dir: Path,
     start_timeout: float,
+    wait_for_all: bool,
     drain: float,
     seed: int,
     json: bool,
@@ -178,6 +181,7 @@ def _run(
             loop=loop,
             machine=system.cluster,
             engines=engines,
+            num_ready=len(engines) if wait_for_all else 1,
             on_ready=lambda router: _announce(router, json),
         )
 
@@ -193,7 +197,7 @@ def _announce(router: "Router", json: bool) -> None:
     url = f"{router.url}/v1"
     if json:
         print_json({"url": url, "instances": [engine.id for engine in router.engines]})
-    say(f"ready: {url} (the first of {len(router.engines)} instances answers; Ctrl-C stops)")
+    say(f"ready: {url} ({len(router.cluster.statuses)} of {len(router.engines)} instances answer; Ctrl-C stops)")
 
 
 def _with_simulated(config: "SystemConfig", num_instances: int, profile: str) -> "SystemConfig":

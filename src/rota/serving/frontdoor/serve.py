@@ -137,11 +137,12 @@ async def serve(
     loop: LiveLoop,
     machine: ClusterMachine,
     engines: Sequence[Engine],
+    num_ready: int = 1,
     on_ready: Callable[[Router], None] = lambda router: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then drain and stop; a second signal stops at once.
 
-    `on_ready` is called when the first instance takes requests. Raises `ConfigError` if the port cannot be had, and
+    `on_ready` is called when `num_ready` instances take requests. Raises `ConfigError` if the port cannot be had, and
     `EngineError` if no instance gets ready in time. `loop` should be new: the router adds its machine to it.
     """
     stopping, hurrying = asyncio.Event(), asyncio.Event()
@@ -155,7 +156,7 @@ async def serve(
     router = Router(config, loop, machine, engines)
     try:
         async with router:
-            if await _unless(stopping, router.wait_ready()):
+            if await _unless(stopping, router.wait_ready(num_ready)):
                 on_ready(router)
                 await stopping.wait()
             draining = asyncio.create_task(router.drain(config.drain_seconds))
