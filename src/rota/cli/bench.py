@@ -17,6 +17,7 @@ from rota.cli.targets import slo_of
 if TYPE_CHECKING:
     from rota.serving.bench.plan import Planned
     from rota.serving.bench.report import LoadReport
+    from rota.serving.bench.run import LoadResult
     from rota.serving.metrics.definitions import Distribution
     from rota.serving.metrics.summary import GroupSummary
 
@@ -129,19 +130,12 @@ def bench(
     prompts = Prompts(streams, None if tokenizer is None else FileTokenizer(tokenizer))
     with Progress("measuring", total=len(planned), unit="requests") as progress:
         result = run_load(planned, prompts, options, on_ended=progress.reached)
-    report = result.report
     if json:
-        print_json(report)
+        print_json(result.report)
     else:
-        _print(report)
-    _say_what_to_know(report, has_tokenizer=tokenizer is not None)
-    if report.is_interrupted:
-        warn("interrupted; this is what was measured until then")
-        raise typer.Exit(INTERRUPTED)
-    if not report.num_finished:
-        first = next((each for each in result.sent if each.error_kind), None)
-        why = f"; the first: {first.error_kind}: {first.detail}" if first is not None else ""
-        raise EngineError(f"none of {report.num_requests} requests was answered{why}")
+        _print(result.report)
+    _say_what_to_know(result.report, has_tokenizer=tokenizer is not None)
+    _judge(result)
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
@@ -237,6 +231,17 @@ def _say_what_to_know(report: "LoadReport", *, has_tokenizer: bool) -> None:
         warn("the server did not count the output tokens of all answers; a chunk counts as one there")
     if lag.p99 is not None and lag.p99 > LAG_WARNING_MS:
         warn(f"requests left late (p99 {lag.p99:,.1f} ms): this machine could not keep the schedule")
+
+
+def _judge(result: "LoadResult") -> None:
+    report = result.report
+    if report.is_interrupted:
+        warn("interrupted; this is what was measured until then")
+        raise typer.Exit(INTERRUPTED)
+    if not report.num_finished:
+        first = next((each for each in result.sent if each.error_kind), None)
+        why = f"; the first: {first.error_kind}: {first.detail}" if first is not None else ""
+        raise EngineError(f"none of {report.num_requests} requests was answered{why}")
 
 
 def _print(report: "LoadReport") -> None:
