@@ -1,4 +1,5 @@
-"""What `strict_priority` is worth, live: two vLLM instances on CPU, twice overloaded, one request in ten of a high class.
+"""What `strict_priority` is worth, live: two vLLM instances on CPU, twice overloaded, one request in ten of a high
+class.
 
     python benchmarks/priority_live.py > result.json
 
@@ -61,8 +62,10 @@ def run_arm(how: tuple[str, str], run_dir: Path, options: argparse.Namespace) ->
     if flag == "--stack":
         value = str(run_dir.parent / value)
     router = subprocess.Popen(
-        [rota, "serve", "--engine", "vllm", "--instances", "2", "--port", "0", "--json", "--run-dir", str(run_dir)]
-        + ["--engine-option", f"max_num_seqs={options.max_num_seqs}", "--wait-for-all", flag, value],
+        [
+            *(rota, "serve", "--engine", "vllm", "--instances", "2", "--port", "0", "--json", "--wait-for-all"),
+            *("--run-dir", str(run_dir), "--engine-option", f"max_num_seqs={options.max_num_seqs}", flag, value),
+        ],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -72,13 +75,17 @@ def run_arm(how: tuple[str, str], run_dir: Path, options: argparse.Namespace) ->
         common = [rota, "bench", url, "--json", "--ignore-eos", "--prompt-tokens", options.prompt_tokens]
         common += ["--max-tokens", options.max_tokens]
         # Warm-up: first requests pay for what the engine builds lazily.
-        subprocess.run([*common, "--rate", "2", "--num-requests", "8", "--seed", "99"], check=True, capture_output=True)
+        subprocess.run(
+            [*common, "--rate", "2", "--num-requests", "8", "--seed", "99"], check=True, stdout=subprocess.DEVNULL
+        )
         bench = subprocess.run(
-            [*common, "--rate", str(options.rate), "--num-requests", str(options.num_requests)]
-            + ["--seed", str(options.seed)]
-            + ["--class", "name=high,share=0.1,priority=-1", "--class", "name=low,share=0.9,priority=0"],
+            [
+                *(*common, "--rate", str(options.rate), "--num-requests", str(options.num_requests)),
+                *("--seed", str(options.seed)),
+                *("--class", "name=high,share=0.1,priority=-1", "--class", "name=low,share=0.9,priority=0"),
+            ],
             check=True,
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
         )
         return digest(json.loads(bench.stdout), run_dir)
@@ -105,17 +112,17 @@ def read_object(process: "subprocess.Popen[str]") -> str:
 
 def digest(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The figures that the question is about."""
-    classes = {group["priority"]: group for group in report["by_class"]}
+    high, low = report["by_class"]["high"], report["by_class"]["low"]
     facts = [json.loads(line) for path in run_dir.glob("*.facts.jsonl") for line in path.read_text().splitlines()]
     return {
         "num_requests": report["num_requests"],
         "num_finished": report["num_finished"],
         "output_tokens_per_second": report["output_tokens_per_second"],
         "span_seconds": report["span_seconds"],
-        "high_ttft_ms": classes[-1]["ttft_ms"],
-        "high_e2e_ms": classes[-1]["e2e_ms"],
-        "low_ttft_ms": classes[0]["ttft_ms"],
-        "low_e2e_ms": classes[0]["e2e_ms"],
+        "high_ttft_ms": high["ttft_ms"],
+        "high_e2e_ms": high["e2e_ms"],
+        "low_ttft_ms": low["ttft_ms"],
+        "low_e2e_ms": low["e2e_ms"],
         "num_displaced": sum(step["num_displaced"] for step in facts) if facts else None,
         "num_preempted": sum(step["num_preempted"] for step in facts) if facts else None,
     }
