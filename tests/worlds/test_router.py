@@ -443,6 +443,24 @@ async def test_a_lost_instance_is_noticed_its_requests_moved_and_it_may_come_bac
 
 
 @pytest.mark.asyncio
+async def test_requests_at_a_server_that_turns_ill_are_moved() -> None:
+    serve = ServeConfig(port=0, watch=FAST_WATCH)
+    async with scripted(hangs, answers) as servers:
+        engines = await engines_of(servers)
+        async with running_router(num_simulated=0, engines=engines, serve=serve) as running:
+            client = client_of(running)
+            requests = [
+                asyncio.ensure_future(client.chat.completions.create(model="m", messages=MESSAGES)) for _ in range(4)
+            ]
+            await until(lambda: servers[0].num_posts >= 1, "the server that hangs has a request")
+            servers[0].healthy = False
+            done = await asyncio.gather(*requests)
+            assert all(answer.choices[0].message.content == "fine" for answer in done)
+            assert servers[0].num_dropped == servers[0].num_posts
+            assert_nothing_lost(running)
+
+
+@pytest.mark.asyncio
 async def test_health_and_metrics_tell_the_truth() -> None:
     serve = ServeConfig(port=0, watch=FAST_WATCH)
     async with running_router(num_simulated=1, serve=serve) as running:

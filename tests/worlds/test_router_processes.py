@@ -54,7 +54,7 @@ def simulated(tmp_path: Path, name: str) -> ManagedEngine:
 
 @pytest.mark.asyncio
 async def test_stopping_ends_the_whole_group(tmp_path: Path) -> None:
-    process = EngineProcess(shell(tmp_path, "sleep 1000 & echo $! ; trap '' TERM; wait", stop_timeout_seconds=0.3))
+    process = EngineProcess(shell(tmp_path, "trap '' TERM; sleep 1000 & echo $!; wait", stop_timeout_seconds=0.3))
     await process.start()
     await until(lambda: process.log_tail() != "", "the process wrote")
     child, pid = int(process.log_tail().splitlines()[0]), process.pid
@@ -65,14 +65,16 @@ async def test_stopping_ends_the_whole_group(tmp_path: Path) -> None:
     await until(lambda: not is_alive(child), "what it started is gone")
 
 
+@pytest.mark.parametrize("has_served", [True, False])
 @pytest.mark.asyncio
-async def test_a_crash_is_reported_and_restarted_until_it_is_hopeless(tmp_path: Path) -> None:
+async def test_a_crash_is_reported_and_restarted_until_it_is_hopeless(tmp_path: Path, has_served: bool) -> None:
     heard: list[str] = []
     spec = shell(tmp_path, "echo out of memory, as it were; exit 3")
     process = EngineProcess(spec, restart=FAST, exited=heard.append)
+    process.has_served = has_served
     await process.start()
     await until(lambda: process.given_up is not None, "it was given up")
-    assert process.num_restarts == FAST.num_restarts_max
+    assert process.num_restarts == (FAST.num_restarts_max if has_served else FAST.num_starts_max - 1)
     assert heard[0] == "exited with status 3"
     assert process.given_up is not None
     assert "out of memory, as it were" in process.given_up

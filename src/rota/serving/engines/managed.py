@@ -49,7 +49,9 @@ class ManagedEngine(OpenAIEngine):
             raise EngineError(self.process.given_up)
         if self.process.pid is None:
             raise self.process.failure("is not running")
-        return await super().probe()
+        status = await super().probe()
+        self.process.has_served = True
+        return status
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -58,6 +58,8 @@ class RestartRule(msgspec.Struct, frozen=True):
     num_restarts_max: int = 10
     """In a row; a run of `steady_seconds` starts the count anew."""
     steady_seconds: float = 120.0
+    num_starts_max: int = 2
+    """Attempts to get ready for the first time: what never worked is more likely a mistake than an accident."""
 
 
 class EngineProcess:
@@ -73,6 +75,8 @@ class EngineProcess:
         self.spec = spec
         self.exited = exited
         self.num_restarts = 0
+        self.has_served = False
+        """It was ready once. Set by who probes it."""
         self.given_up: str | None = None
         """Why it will not be started again, once that is so."""
         self._restart = restart or RestartRule()
@@ -189,8 +193,8 @@ class EngineProcess:
             if time.monotonic() - started_at >= rule.steady_seconds:
                 num_in_a_row = 0
             self.exited(reason)
-            if num_in_a_row >= rule.num_restarts_max:
-                self.given_up = self.failure(f"{reason}, after {num_in_a_row} restarts in a row").message
+            if num_in_a_row >= (rule.num_restarts_max if self.has_served else rule.num_starts_max - 1):
+                self.given_up = self.failure(f"{reason}, {num_in_a_row + 1} times in a row").message
                 self.exited(self.given_up)
                 return
             await asyncio.sleep(min(rule.first_delay_seconds * rule.factor**num_in_a_row, rule.delay_max_seconds))
