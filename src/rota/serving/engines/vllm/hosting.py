@@ -81,7 +81,7 @@ def check_hostable(
 def _refusal(message: str) -> CapabilityError:
     return CapabilityError(
         message,
-        hint="hostable: order fcfs or strict_priority, batch vllm_default or stall_free_chunks, memory recompute_lowest",
+        hint="hosted are order fcfs, strict_priority; batch vllm_default, stall_free_chunks; memory recompute_lowest",
     )
 
 

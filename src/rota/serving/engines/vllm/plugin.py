@@ -174,7 +174,7 @@ class RotaScheduling(_Base):
             self._rota_num_steps += 1
         if self._rota_journal is not None:
             self._rota_journal.step(self._rota_num_steps, grants, preempted, view.num_free_blocks, started)
-        record = self._rota_record(output, admitted) if self._rota_facts is not None else None
+        record = self._rota_record(output, admitted) if self._rota_facts is not None and (grants or preempted) else None
         decision_ns += time.perf_counter_ns() - begun + queue.decision_ns
         requests = [self.requests[request_id] for request_id in grants]
         num_preempted = len(preempted) - num_displaced

@@ -14,6 +14,7 @@ from rota.serving.model.instance import InstanceLimits
 from rota.serving.model.request import Request, RequestId
 
 MACHINE = "instance"
+PLANNING = "on_deadline"
 MAX_BYTES = 256 * 1024 * 1024
 
 
@@ -26,7 +27,7 @@ class StepJournal:
 
     def __init__(self, path: str | Path, limits: InstanceLimits, stack: str | None) -> None:
         text = Path(stack).read_text() if stack is not None else ""
-        config = {"limits": msgspec.to_builtins(limits), "stack": text, "planning": "on_deadline"}
+        config = {"limits": msgspec.to_builtins(limits), "stack": text, "planning": PLANNING}
         self._journal = Journal(header_for(config, None), path=path, max_bytes=MAX_BYTES)
         self._preempted: list[str] = []
 
