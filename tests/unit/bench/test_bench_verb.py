@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from tests.command_line import rota
 from tests.unit.bench.stub import StubServer
 

@@ -1,6 +1,7 @@
 """Requests as servers get them, and answers of every kind as the client takes them."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 
@@ -8,6 +9,7 @@ import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.bench.stub import NUM_TOKENS, StubServer
 
 from rota.base.instant import Instant, seconds
 from rota.runtime.clocks import SystemClock
@@ -15,7 +17,6 @@ from rota.serving.bench.client import Sent, Target
 from rota.serving.bench.load import send_load
 from rota.serving.bench.plan import Planned
 from rota.serving.model.request import SLO, TenantId
-from tests.unit.bench.stub import NUM_TOKENS, StubServer
 
 
 def planned(index: int = 0, at: float = 0.0) -> Planned:
@@ -128,7 +129,7 @@ BODY += b"data: [DONE]\n\n"
 @given(cuts=st.lists(st.integers(0, len(BODY)), max_size=30))
 def test_events_are_read_alike_however_their_bytes_come(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), len(BODY)]
-    pieces = [BODY[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    pieces = [BODY[low:high] for low, high in itertools.pairwise(bounds)]
     times = iter(range(1_000))
     target = Target(
         None,  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """What is sent and when: bounded, in order, drawn from a seed, and of the wanted length."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given
@@ -40,7 +40,7 @@ def test_a_bounded_plan_keeps_both_bounds_and_its_order(seed: int, num_requests:
 @pytest.mark.parametrize(("burstiness", "variation"), [(1.0, 1.0), (0.25, 2.0), (100.0, 0.1)])
 def test_rate_and_burstiness_are_as_asked(burstiness: float, variation: float) -> None:
     plan = list(islice(rate_plan(3, 50.0, burstiness), 20_000))
-    gaps = [later.at - earlier.at for earlier, later in zip(plan, plan[1:], strict=False)]
+    gaps = [later.at - earlier.at for earlier, later in pairwise(plan)]
     mean = sum(gaps) / len(gaps)
     deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
     assert 1e9 / mean == pytest.approx(50, rel=0.05)
@@ -103,6 +103,8 @@ def test_prompts_share_a_beginning_only_where_their_hashes_do() -> None:
     assert one.split(" ")[:32] == other.split(" ")[:32]
     assert one.split(" ")[32:38] != other.split(" ")[32:38]
     assert len(prompts.text(3, 50, (7, 8), 32).split(" ")) == 50
+    named = {prompts._words(index, 0, 64) for index in range(3_000)}
+    assert len(named) == 3_000, "its number alone tells a text from all others, wherever the rest begins"
 
 
 def test_the_same_seed_makes_the_same_prompts() -> None:

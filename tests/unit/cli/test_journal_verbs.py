@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.command_line import rota, write_journal
 
 from rota.base.errors import DataError
 from rota.base.journal import read_journal
@@ -15,7 +16,6 @@ from rota.serving.model.commands import RunStep
 from rota.serving.model.events import SequenceArrived, StepFinished
 from rota.serving.sim.cluster import SimulatedCluster
 from rota.serving.timelines import STEPS, timeline_of
-from tests.command_line import rota, write_journal
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,8 @@ def test_a_timeline_holds_every_step_and_request(run: tuple[Path, SimulatedClust
             assert requests[item.id].start <= item.start <= item.end
     free = [item.value for item in timeline if isinstance(item, Sample) and item.name == "free blocks"]
     assert min(free) >= 0 and max(free) <= 120
+    waiting = {item.resource: item.value for item in timeline if isinstance(item, Sample) and item.name == "waiting"}
+    assert waiting["i0"] == waiting["i1#1"] == 0, "nobody waits when the last step begins"
 
 
 def test_what_had_not_ended_is_closed_and_says_so(run: tuple[Path, SimulatedCluster]) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.command_line import rota
 
 from rota import __version__
 from rota.base.errors import (
@@ -21,7 +22,6 @@ from rota.base.errors import (
 )
 from rota.cli import verbs
 from rota.cli.verbs import VERBS, Verb
-from tests.command_line import rota
 
 raised: BaseException | None = None
 """What the planted verb raises."""
