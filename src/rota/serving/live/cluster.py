@@ -24,7 +24,6 @@ from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
     FirstTokenSeen,
-    InstanceDraining,
     InstanceLost,
     InstanceReported,
     InstanceStarted,
@@ -279,11 +278,6 @@ class LiveCluster:
             attempt = flight.attempt
             if attempt is not None and attempt.instance_id == instance_id and not attempt.is_over:
                 self.abandon(flight, attempt, f"the instance was lost: {reason}")
-
-    def draining(self, instance_id: InstanceId) -> None:
-        """An instance takes no new requests and finishes what it has."""
-        self.statuses.pop(instance_id, None)
-        self.tell(InstanceDraining(instance_id))
 
     def reported(self, report: InstanceReport, delay: Duration) -> None:
         """A report of an instance's load arrived."""

@@ -1,7 +1,6 @@
 """Watches one engine: tells the cluster when it becomes ready, when it is lost, and how loaded it says it is."""
 
 import asyncio
-import contextlib
 
 import msgspec
 
@@ -31,7 +30,6 @@ class EngineWatch:
         self._cluster = cluster
         self._settings = settings or WatchSettings()
         self._num_failures = 0
-        self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
@@ -42,19 +40,13 @@ class EngineWatch:
         self.last_error = reason
         self._cluster.lost(self.engine.id, reason)
 
-    def look_now(self) -> None:
-        """Probe again without waiting for the interval to pass."""
-        self._wake.set()
-
     async def run(self) -> None:
         """Watch until cancelled."""
         while True:
             await self._look()
-            self._wake.clear()
             settings = self._settings
             interval = settings.interval_seconds if self.is_ready else settings.starting_interval_seconds
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), interval)
+            await asyncio.sleep(interval)
 
     async def _look(self) -> None:
         try:
