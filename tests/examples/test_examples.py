@@ -1,4 +1,5 @@
-"""Everything in `examples/`, and every command line of the README that needs no engine, runs and says what it is to say."""
+"""Everything in `examples/`, and every command line of the README that needs no engine, runs and says what it is to
+say."""
 
 import json
 import os
