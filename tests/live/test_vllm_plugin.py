@@ -1,0 +1,101 @@
+"""Real tokens: stock vLLM, vLLM with our plug-in, and the same under preemption and displacement.
+
+Each engine runs in a process of its own over the same script of arrivals (`vllm_tokens.py`), greedily, on too few
+blocks."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from rota.base.journal import read_journal
+from rota.base.replay import replay
+from rota.serving.engines.model_package import prepare_model
+from rota.serving.engines.vllm.facts import read_facts
+from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
+from rota.serving.engines.vllm.recorder import MACHINE
+from rota.serving.engines.vllm.replay import ROW_TYPES, fresh_machine, stack_of
+from rota.serving.stack import StackConfig, engine_policies
+
+pytestmark = pytest.mark.live
+
+SCRIPT = Path(__file__).with_name("vllm_tokens.py")
+TIMEOUT_SECONDS = 300.0
+
+
+def run(folder: Path, *, dtype: str, plugin: dict[str, str] | None, alone: bool = False) -> dict[str, Any]:
+    """The tokens of one engine: `together`, `late` (some arrive while others run, and outrank them), `alone`."""
+    spec = {"model": str(prepare_model()), "dtype": dtype, "plugin": plugin, "late": True, "alone": alone}
+    out, log = folder / "tokens.json", folder / "log"
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), json.dumps(spec), str(out)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    assert done.returncode == 0, log.read_text()[-4000:]
+    tokens: dict[str, Any] = json.loads(out.read_text())
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Stock vLLM by dtype, each run once."""
+    return cache(lambda dtype: run(tmp_path_factory.mktemp("stock"), dtype=dtype, plugin=None, alone=True))
+
+
+def test_fcfs_gives_the_tokens_of_stock_vllm(stock: Any, tmp_path: Path) -> None:
+    expected = stock("bfloat16")
+    tokens = run(tmp_path, dtype="bfloat16", plugin={"facts": str(tmp_path / "facts")})
+    assert tokens["together"] == expected["together"]
+    assert tokens["late"] == expected["late"]
+    assert sum(record.num_preempted for record in read_facts(tmp_path / "facts")) > 5
+
+
+def test_the_make_up_of_a_batch_changes_the_tokens_of_stock_vllm_in_bfloat16_only(stock: Any) -> None:
+    """Why the next test needs float32: who shares a batch with whom already changes what stock vLLM answers."""
+
+    def differing(tokens: dict[str, Any]) -> list[str]:
+        return [name for name in tokens["together"] if tokens["together"][name] != tokens["alone"][name]]
+
+    assert differing(stock("float32")) == []
+    assert differing(stock("bfloat16")) != []
+
+
+def test_strict_priority_keeps_tokens_steps_and_blocks_in_order_under_preemption(stock: Any, tmp_path: Path) -> None:
+    (tmp_path / "stack.toml").write_text('order = "strict_priority"\n')
+    plugin = {name: str(tmp_path / name) for name in ("stack.toml", "facts", "journal")}
+    plugin["stack"] = plugin.pop("stack.toml")
+    tokens = run(tmp_path, dtype="float32", plugin=plugin)
+
+    # No token is lost, doubled or changed by being preempted or displaced.
+    expected = stock("float32")
+    assert tokens["together"] == expected["together"]
+    assert tokens["late"] == expected["late"]
+
+    facts = read_facts(tmp_path / "facts")
+    assert sum(record.num_preempted for record in facts) > 5
+    assert sum(record.num_displaced for record in facts) > 0
+    assert sum(record.num_cached_tokens for record in facts) > 0
+    assert all(record.num_free_blocks <= record.num_blocks and record.decision_ns < record.step_ns for record in facts)
+    assert sum(record.num_finished for record in facts) == len(tokens["together"]) + len(tokens["late"])
+
+    # The live journal, replayed into a fresh machine, yields the same commands.
+    journal = read_journal(tmp_path / "journal", ROW_TYPES)
+    config = msgspec.convert(tomllib.loads(stack_of(journal.header)), StackConfig)
+    machine = fresh_machine(journal.header, engine_policies(config, VLLM_CAPABILITIES, "vLLM"))
+    rows = list(journal)
+    assert journal.end is not None
+    assert sum(len(command.preempted) for row in rows for command in row.commands) > 5
+    difference = replay(rows, {MACHINE: machine})
+    assert difference is None, str(difference)
+    machine.check()
+    assert machine.unfinished() == []

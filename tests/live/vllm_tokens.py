@@ -1,0 +1,90 @@
+"""Runs one vLLM engine over a fixed script of arrivals and writes the tokens of every request: a program, not a test.
+
+The engine core runs in this process, so that requests meet steps at the same points in every run.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+PREAMBLE = (
+    "You answer questions for the visitors of a small museum by the harbour. Be kind, be brief, and say so when you do "
+    "not know. Today it rains, the tower is closed, and the boats leave from the second pier instead of the first. "
+)
+"""Longer than a block, so that prompts share one."""
+PROMPTS = [
+    f"{PREAMBLE}{opening} {subject}"
+    for opening in (
+        "Explain in plain words",
+        "Write a short story about",
+        "List five facts about",
+        "Argue for and against",
+    )
+    for subject in ("the sea.", "a clock that runs backwards.", "bread and salt.")
+]
+MAX_TOKENS = 40
+BLOCK_SIZE = 32
+
+
+def main(spec: dict[str, object], out: str) -> None:
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        # One thread, wherever there is room: threads that wait for each other crawl on a busy machine.
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+    )
+    from vllm import LLM
+
+    settings: dict[str, object] = {}
+    if spec["plugin"] is not None:
+        settings["scheduler_cls"] = "rota.serving.engines.vllm.plugin.RotaScheduler"
+        settings["additional_config"] = {"rota": spec["plugin"]}
+    llm = LLM(
+        str(spec["model"]),
+        dtype=str(spec["dtype"]),
+        enforce_eager=True,
+        block_size=BLOCK_SIZE,
+        max_model_len=256,
+        max_num_seqs=6,
+        max_num_batched_tokens=128,
+        # Six sequences share the preamble's block and outgrow the rest: memory runs out while they decode.
+        num_gpu_blocks_override=10,
+        enable_prefix_caching=bool(spec.get("prefix_caching", True)),
+        **settings,
+    )
+    result: dict[str, object] = {"together": _together(llm, dict.fromkeys(range(len(PROMPTS)), 0))}
+    if spec["late"]:
+        result["late"] = _together(llm, {n: (n - 7) * 5 if n >= 8 else 0 for n in range(len(PROMPTS))})
+    if spec["alone"]:
+        result["alone"] = {name: tokens for n in range(len(PROMPTS)) for name, tokens in _together(llm, {n: 0}).items()}
+    Path(out).write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()
+
+
+def _together(llm: object, arrivals: dict[int, int]) -> dict[str, list[int]]:
+    """Give each prompt to the engine before the step that `arrivals` names; those that come late are of class 0, the
+    others of class 1. Returns the tokens by prompt."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine  # type: ignore[attr-defined]
+    parameters = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    tokens: dict[str, list[int]] = {}
+    step = 0
+    while len(tokens) < len(arrivals):
+        for n, before in arrivals.items():
+            if before == step:
+                engine.add_request(f"p{n}", PROMPTS[n], parameters, priority=0 if before else 1)
+        for output in engine.step():
+            if output.finished:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+        step += 1
+    return tokens
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2])
