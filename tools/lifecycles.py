@@ -20,8 +20,8 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Lifecycles\n\n"
-        "Generated from the transition tables in the code (`python tools/lifecycles.py`). A move that a table does not\n"
-        "list raises `IllegalMove`.\n"
+        "Generated from the transition tables in the code (`python tools/lifecycles.py`). A move that no table\n"
+        "lists raises `IllegalMove`.\n"
     ]
     for table, sentence in TABLES:
         parts.append(f"## {table.name.capitalize()}\n\n{sentence}\n\n```mermaid\n{table.diagram().strip()}\n```\n")

@@ -19,7 +19,7 @@ class TransitionTable:
         self.initial = initial
         self.final = frozenset(final)
         self.transitions = {state: dict(moves) for state, moves in transitions.items()}
-        for state in self.final:
+        for state in sorted(self.final):
             self.transitions.setdefault(state, {})
         self._validate()
 
