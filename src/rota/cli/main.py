@@ -95,11 +95,11 @@ def _invoke(name: str, function: Callable[..., Any], words: list[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except usage_error as error:
-        raise _in_our_voice(error, name) from None
+        raise _in_our_voice(error, name, words) from None
     return 0
 
 
-def _in_our_voice(error: Any, verb: str) -> ConfigError:
+def _in_our_voice(error: Any, verb: str, words: Sequence[str]) -> ConfigError:
     """A usage error as all our errors are: it begins with the flag, and a hint says what to do."""
     hint = f"see rota {verb} --help"
     message = error.format_message().strip().rstrip(".")
@@ -112,12 +112,23 @@ def _in_our_voice(error: Any, verb: str) -> ConfigError:
         if message.startswith(opening):
             spot, _, what = message.removeprefix(opening).strip().partition(": ")
             spot = spot.partition(" / ")[0].strip("'\" ")
-            return ConfigError(f"{spot}: {what or said}".rstrip("."), hint=hint)
+            what = what.removeprefix("Value error, ") or said
+            return ConfigError(f"{spot}: {what[:1].lower()}{what[1:]}{_as_given(spot, words)}", hint=hint)
     if flag is not None:
         return ConfigError(f"{flag}: needs a value", hint=hint)
     if message.startswith("Got unexpected extra argument"):
         return ConfigError(f"unexpected argument {message.partition('(')[2].partition('(')[2].rstrip(')')}", hint=hint)
     return ConfigError(message[:1].lower() + message[1:], hint=hint)
+
+
+def _as_given(flag: str, words: Sequence[str]) -> str:
+    """The value that a flag was given, where there is one."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            values = [value] if equals else words[index + 1 : index + 2]
+            return f", in {values[0]!r}" if values else ""
+    return ""
 
 
 def _internal_error(error: Exception, words: list[str]) -> int:
