@@ -90,7 +90,7 @@ def _invoke(name: str, function: Callable[..., Any], words: list[str]) -> int:
     app.command(name, context_settings={"help_option_names": list(_HELP_FLAGS), "max_content_width": 100})(function)
     command = typer.main.get_command(app)
     try:
-        with command.make_context(f"rota {name}", words) as context:
+        with command.make_context(f"rota {name}", [*words]) as context:
             command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
