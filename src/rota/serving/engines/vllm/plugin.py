@@ -15,8 +15,8 @@ Which policies can be hosted exactly: `hosting.py`. What of vLLM this rests on: 
 
 import importlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -135,7 +135,7 @@ class RotaScheduling(_Base):
         started = self.rota_clock()
         begun = time.perf_counter_ns()
         view = self.rota_view
-        view.now = Instant(started)
+        view.refresh(Instant(started))
         queue = self._rota_queue
         queue.decision_ns = 0
         shape = self.rota_batch.shape
@@ -246,15 +246,19 @@ class RotaScheduling(_Base):
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)
             self.prev_step_scheduled_req_ids.discard(request.request_id)
+        if victims:
+            self.rota_view.refresh(self.rota_view.now)
 
-    def _rota_blocks_to_take(self, waiting: SequenceView) -> int:
+    def _rota_blocks_to_take(self, waiting: SequenceView, leaving: Sequence[SequenceView]) -> int:
         """By how much admitting this request with all its known tokens lowers the free blocks, as `allocate_slots`
-        counts."""
+        counts, after those leaving have let go of theirs."""
         request = self._rota_sequences[waiting.id].vllm
         blocks = self.kv_cache_manager
         hit, num_cached, _ = blocks.get_computed_blocks(request)
         num_tokens = min(request.num_tokens, self.max_model_len)
-        return int(
+        given_back = self._rota_held_by_these_alone(leaving)
+        num_taken_again = sum(block.block_id in given_back for group in hit.blocks for block in group)
+        return num_taken_again + int(
             blocks.coordinator.get_num_blocks_to_allocate(
                 request_id=request.request_id,
                 num_tokens=num_tokens,
@@ -268,11 +272,19 @@ class RotaScheduling(_Base):
             )
         )
 
-    def _rota_blocks_freed(self, running: SequenceView) -> int:
-        """Blocks that only this request holds."""
-        return sum(
-            block.ref_cnt == 1 for group in self.kv_cache_manager.get_blocks(running.id).blocks for block in group
-        )
+    def _rota_blocks_freed(self, leaving: Sequence[SequenceView]) -> int:
+        """Blocks that only these requests hold."""
+        return len(self._rota_held_by_these_alone(leaving))
+
+    def _rota_held_by_these_alone(self, running: Sequence[SequenceView]) -> set[int]:
+        counts: Counter[int] = Counter()
+        references: dict[int, int] = {}
+        for sequence in running:
+            for group in self.kv_cache_manager.get_blocks(sequence.id).blocks:
+                for block in group:
+                    counts[block.block_id] += 1
+                    references[block.block_id] = block.ref_cnt
+        return {block_id for block_id, count in counts.items() if references[block_id] == count}
 
     def _rota_line_up(self, decodes_first: bool) -> tuple[list[Any], Any]:
         """Put vLLM's running list into the order in which this step serves it; returns the line and its cursor."""

@@ -44,15 +44,18 @@ class VllmSequence:
     def num_tokens(self) -> int:
         # Under asynchronous scheduling tokens in flight are computed before they are known; they count as known here.
         request = self.vllm
-        return int(request.num_tokens + request.num_output_placeholders)
+        num_tokens: int = request.num_tokens + request.num_output_placeholders
+        return num_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
-        return int(self.vllm.num_prompt_tokens)
+        num_prompt_tokens: int = self.vllm.num_prompt_tokens
+        return num_prompt_tokens
 
     @property
     def num_computed_tokens(self) -> int:
-        return int(self.vllm.num_computed_tokens)
+        num_computed_tokens: int = self.vllm.num_computed_tokens
+        return num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -61,33 +64,36 @@ class VllmSequence:
     @property
     def num_pending_tokens(self) -> int:
         request = self.vllm
-        return int(request.num_tokens + request.num_output_placeholders - request.num_computed_tokens)
+        num_pending_tokens: int = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+        return num_pending_tokens
 
     @property
     def num_preemptions(self) -> int:
-        return int(self.vllm.num_preemptions)
+        num_preemptions: int = self.vllm.num_preemptions
+        return num_preemptions
 
 
 class VllmEngineView:
-    """An `EngineView` over a vLLM scheduler: live during a step, not a copy of its start.
+    """An `EngineView` over a vLLM scheduler at the start of a step; displacement, which comes before the pass, shows.
 
-    vLLM advances computed tokens only after its pass, so within the pass policies see what was true when it began, but
-    for the lists: whoever was preempted or admitted has moved.
+    vLLM advances computed tokens only after its pass, so that within the pass policies see what was true when it began.
     """
 
-    __slots__ = ("_scheduler", "_sequences", "limits", "now", "waiting")
+    __slots__ = ("_running", "_scheduler", "_sequences", "limits", "now", "waiting")
 
     def __init__(
         self, scheduler: Any, sequences: dict[str, VllmSequence], waiting: "PolicyQueue", limits: InstanceLimits
     ) -> None:
         self._scheduler = scheduler
         self._sequences = sequences
+        self._running: list[VllmSequence] = []
         self.waiting = waiting.view
         self.limits = limits
         self.now = Instant(0)
 
-    @property
-    def running(self) -> Sequence[VllmSequence]:
+    def refresh(self, now: Instant) -> None:
+        """Look again at who runs: at the start of a step, and after displacement."""
+        self.now = now
         sequences = self._sequences
         running = [sequences[request.request_id] for request in self._scheduler.running]
         # vLLM's list is the line that it serves; the plug-in may have put it into another order than that of admission.
@@ -97,7 +103,11 @@ class VllmEngineView:
                 running.sort(key=_admitted_seq)
                 break
             last = sequence.admitted_seq
-        return running
+        self._running = running
+
+    @property
+    def running(self) -> Sequence[VllmSequence]:
+        return self._running
 
     @property
     def num_free_blocks(self) -> int:
