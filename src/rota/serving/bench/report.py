@@ -165,7 +165,7 @@ def _rate(moments: Sequence[int]) -> float | None:
 def _lag(lags: Sequence[int]) -> Lag:
     if not lags:
         return Lag(None, None, None)
-    p50, p99 = (float(value) for value in np.percentile(np.asarray(lags), (50, 99)))
+    p50, p99 = (round(float(value)) for value in np.percentile(np.asarray(lags), (50, 99)))
     return Lag(to_milliseconds(p50), to_milliseconds(p99), to_milliseconds(Duration(max(lags))))
 
 
