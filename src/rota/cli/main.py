@@ -113,7 +113,9 @@ def _in_our_voice(error: Any, verb: str, words: Sequence[str]) -> ConfigError:
             spot, _, what = message.removeprefix(opening).strip().partition(": ")
             spot = spot.partition(" / ")[0].strip("'\" ")
             what = what.removeprefix("Value error, ") or said
-            return ConfigError(f"{spot}: {what[:1].lower()}{what[1:]}{_as_given(spot, words)}", hint=hint)
+            given = _as_given(spot, words)
+            what += f", in {given!r}" if given is not None and repr(given) not in what else ""
+            return ConfigError(f"{spot}: {what[:1].lower()}{what[1:]}", hint=hint)
     if flag is not None:
         return ConfigError(f"{flag}: needs a value", hint=hint)
     if message.startswith("Got unexpected extra argument"):
@@ -121,14 +123,14 @@ def _in_our_voice(error: Any, verb: str, words: Sequence[str]) -> ConfigError:
     return ConfigError(message[:1].lower() + message[1:], hint=hint)
 
 
-def _as_given(flag: str, words: Sequence[str]) -> str:
+def _as_given(flag: str, words: Sequence[str]) -> str | None:
     """The value that a flag was given, where there is one."""
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == flag:
             values = [value] if equals else words[index + 1 : index + 2]
-            return f", in {values[0]!r}" if values else ""
-    return ""
+            return values[0] if values else None
+    return None
 
 
 def _internal_error(error: Exception, words: list[str]) -> int:
