@@ -235,13 +235,17 @@ class _Teller:
     def _instance(self, row: Row) -> None:
         residents = self._instances.setdefault(row.machine, Residents())
         was_running = dict(residents.running)
+        num_ahead = residents.num_waiting
         was_under_way = None if isinstance(row.event, StepFinished) else residents.step
         changes = residents.tell(row)
         for change in changes:
             if change.what == "queued":
                 self._seen.setdefault(change.request_id)
             if change.request_id == self._id:
-                self._change(row.machine, residents, change, was_running, was_under_way)
+                if change.what == "queued":
+                    self._queued(row.machine, residents, num_ahead, len(was_running), was_under_way)
+                else:
+                    self._change(row.machine, residents, change, was_running)
         step = residents.step
         waiting = self._waiting
         if waiting is not None and waiting.machine == row.machine and step is not None and step is not was_under_way:
@@ -255,19 +259,10 @@ class _Teller:
         residents: Residents,
         change: Change,
         was_running: dict[RequestId, None],
-        was_under_way: RunStep | None,
     ) -> None:
         instance_id = instance_of(machine)
         step = residents.step
         match change.what:
-            case "queued":
-                if self._request is None:  # a journal of one instance, with no router in it
-                    self._begin(residents.requests[self._id])
-                num_ahead = residents.num_waiting - 1
-                busy = f"; step {was_under_way.step_id} was under way" if was_under_way is not None else ""
-                there = f"{num_ahead:,} waited and {len(residents.running):,} ran there{busy}"
-                self._tell("queued", f"queued at {instance_id}: {there}")
-                self._waiting = _Waiting(machine, self._at)
             case "admitted" if step is not None:
                 self._granted(instance_id, step)
             case "preempted" if step is not None:
@@ -285,6 +280,16 @@ class _Teller:
                 self._tell("stopped", f"{instance_id} dropped it" + (f", {_told(wait)}" if wait is not None else ""))
                 if not self._has_router:
                     self._over("aborted", "aborted")
+
+    def _queued(
+        self, machine: str, residents: Residents, num_waiting: int, num_running: int, under_way: RunStep | None
+    ) -> None:
+        if self._request is None:  # a journal of one instance, with no router in it
+            self._begin(residents.requests[self._id])
+        busy = f"; step {under_way.step_id} was under way" if under_way is not None else ""
+        there = f"{num_waiting:,} waited and {num_running:,} ran there{busy}"
+        self._tell("queued", f"queued at {instance_of(machine)}: {there}")
+        self._waiting = _Waiting(machine, self._at)
 
     def _granted(self, instance_id: InstanceId, step: RunStep) -> None:
         num_tokens = dict(step.grants)[self._id]
