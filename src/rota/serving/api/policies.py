@@ -37,7 +37,11 @@ class Cursor(Protocol):
 
 @runtime_checkable
 class OrderPolicy(Protocol):
-    """Which waiting or running sequence is next."""
+    """Which waiting or running sequence is next.
+
+    A policy may say `repeatable = True` if its answers depend on the sequences alone: not on `now`, nor on what its
+    cursors have heard. Then a step in which everybody decodes may be run several times before it is asked again.
+    """
 
     requires: EngineCapabilities
     running_order: Literal["admission", "own"]

@@ -1,6 +1,6 @@
 """Which running sequences make way for waiting ones that outrank them. Pure: the same function serves every host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rota.serving.api import EngineView, MemoryPolicy, OrderPolicy, Pool, SequenceView
 
@@ -11,49 +11,55 @@ def choose_displaced(
     memory: MemoryPolicy,
     *,
     token_budget: int,
-    num_blocks_to_take: Callable[[SequenceView], int],
-    num_blocks_freed: Callable[[SequenceView], int],
+    num_blocks_to_take: Callable[[SequenceView, Sequence[SequenceView]], int],
+    num_blocks_freed: Callable[[Sequence[SequenceView]], int],
 ) -> list[SequenceView]:
     """The running sequences to preempt before this step, in that order; empty where none needs to go.
 
-    Walks the waiting sequences in order, for as long as they outrank somebody. One that can start with what is left is
-    passed over. For one that cannot (no slot, no blocks, or running sequences would take the whole `token_budget`), the
+    Walks the waiting sequences in order, for as long as they outrank somebody. One that can start with what is left
+    is passed over. For one that cannot (no slot, no blocks, or running ones would take the whole `token_budget`), the
     memory policy names victims among those it may displace until it can; if all of them together would not do, nobody
     goes and the walk ends.
 
-    `num_blocks_to_take(w)` says how many blocks admitting `w` with all its known tokens takes, and
-    `num_blocks_freed(r)` how many preempting `r` gives back. The blocks that running sequences grow into in this step
-    are set aside first. Cost: O(waiting that outrank × running)."""
+    `num_blocks_freed(leaving)` says how many blocks preempting those running sequences gives back, and
+    `num_blocks_to_take(w, leaving)` how many admitting `w` with all its known tokens takes once they have gone: what
+    `w` shares with them alone is given back and taken again. The blocks that running sequences grow into in this step
+    are set aside first. Cost: O(waiting that outrank × running).
+    """
     limits = view.limits
-    block_size = limits.block_size
+    chunk_max = min(limits.long_prefill_token_threshold or token_budget, token_budget)
     running = list(view.running)
     if not running or not len(view.waiting):
         return []
     num_slots = limits.max_num_seqs - len(running)
-    num_tokens = token_budget - sum(min(sequence.num_pending_tokens, token_budget) for sequence in running)
-    num_blocks = view.num_free_blocks - sum(_growth(sequence, token_budget, block_size) for sequence in running)
+    num_tokens = token_budget - sum(min(sequence.num_pending_tokens, chunk_max) for sequence in running)
+    num_blocks = view.num_free_blocks - sum(_growth(sequence, chunk_max, limits.block_size) for sequence in running)
+    num_taken = 0
     victims: list[SequenceView] = []
+    starters: list[SequenceView] = []
     cursor = order.open(view, Pool.WAITING)
     while (waiting := cursor.next()) is not None:
         candidates = [sequence for sequence in running if order.displaces(view, waiting, sequence)]
         if not candidates:
             break
-        need = num_blocks_to_take(waiting) + limits.watermark_blocks
-        chosen: list[SequenceView] = []
-        while num_slots < 1 or num_blocks < need or num_tokens < 1:
+        starters.append(waiting)
+        leaving = list(victims)
+        num_freed = num_blocks_freed(leaving)
+        num_taken += num_blocks_to_take(waiting, leaving)
+        while num_slots < 1 or num_tokens < 1 or num_blocks + num_freed < num_taken + limits.watermark_blocks:
             victim = memory.victim(view, candidates, waiting) if candidates else None
             if victim is None:
                 return victims
             candidates.remove(victim)
-            chosen.append(victim)
-            num_slots += 1
-            num_tokens += min(victim.num_pending_tokens, token_budget)
-            num_blocks += num_blocks_freed(victim) + _growth(victim, token_budget, block_size)
-        victims += chosen
-        for victim in chosen:
             running.remove(victim)
+            leaving.append(victim)
+            num_slots += 1
+            num_tokens += min(victim.num_pending_tokens, chunk_max)
+            num_blocks += _growth(victim, chunk_max, limits.block_size)
+            num_freed = num_blocks_freed(leaving)
+            num_taken = sum(num_blocks_to_take(sequence, leaving) for sequence in starters)
+        victims = leaving
         num_slots -= 1
-        num_blocks -= need
         num_tokens -= min(waiting.num_pending_tokens, num_tokens)
     return victims
 

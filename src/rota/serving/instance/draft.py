@@ -54,10 +54,13 @@ class StepDraft:
             order,
             self._memory,
             token_budget=self.token_budget,
-            num_blocks_to_take=lambda waiting: ledger.num_to_take(
-                _own(waiting), ledger.lookup(_own(waiting), waiting.num_tokens), waiting.num_tokens
+            num_blocks_to_take=lambda waiting, leaving: ledger.num_to_take(
+                _own(waiting),
+                ledger.lookup(_own(waiting), waiting.num_tokens),
+                waiting.num_tokens,
+                [_own(sequence) for sequence in leaving],
             ),
-            num_blocks_freed=lambda running: ledger.num_freed_by(_own(running)),
+            num_blocks_freed=lambda leaving: ledger.num_freed_by([_own(sequence) for sequence in leaving]),
         )
         for victim in victims:
             sequence = _own(victim)
@@ -98,8 +101,10 @@ class StepDraft:
             ledger = self._ledger
             num_new = -(-total // self._block_size) - sequence.num_blocks
             while num_new > ledger.num_free + ledger.num_cached:
-                if not self._preempt_for(sequence) or sequence in self.preempted:
+                if not self._preempt_for(sequence):
                     return Refusal.NO_MEMORY
+                if sequence in self.preempted:
+                    return Refusal.NOT_PENDING
             ledger.extend(sequence, total)
         if len(sequence.shared) < len(sequence.block_hashes):
             self._ledger.publish(sequence, total)
@@ -110,7 +115,12 @@ class StepDraft:
 
     def _preempt_for(self, needy: Sequence) -> bool:
         """Preempt one running sequence, the needy one perhaps. False if the memory policy names nobody."""
-        candidates = [sequence for sequence in self._line if sequence not in self.preempted]
+        # Once somebody was admitted, blocks that this step is to fill may be shared already: who fills them must run.
+        candidates = [
+            sequence
+            for sequence in self._line
+            if sequence not in self.preempted and not (self.admitted and _own(sequence).granted)
+        ]
         victim = self._memory.victim(self.view, candidates, needy)
         if victim is None:
             return False
@@ -137,6 +147,8 @@ class StepDraft:
             return Refusal.NO_SLOT
         if self.num_preempted and sequence in self.preempted:
             return Refusal.NOT_PENDING
+        if view.sequence(sequence.id) is not sequence:
+            raise PolicyError(f"a grant was asked for {sequence!r}, which has ended or never was here")
         ledger = self._ledger
         hit = ledger.lookup(sequence, sequence.num_tokens)
         cached = hit.num_blocks * self._block_size

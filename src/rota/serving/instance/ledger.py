@@ -17,7 +17,7 @@ Costs: extending a sequence within its blocks is free; taking n free blocks O(1)
 O(blocks that carry a hash)."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rota.base.errors import LawBroken
@@ -114,16 +114,26 @@ class BlockLedger:
             return Hit(shared, None, num_evictable) if shared else NO_HIT
         return Hit(shared, run, num_evictable + run.count)
 
-    def num_to_take(self, holding: Holding, hit: Hit, num_tokens: int) -> int:
-        """By how much admitting a sequence with slots for `num_tokens` tokens lowers what can be had."""
-        return max(-(-num_tokens // self.block_size) - hit.num_blocks, 0) + hit.num_evictable
+    def num_to_take(self, holding: Holding, hit: Hit, num_tokens: int, leaving: Iterable[Holding] = ()) -> int:
+        """By how much admitting a sequence with slots for `num_tokens` tokens lowers what can be had, after those
+        `leaving` have let go of their blocks."""
+        taken_again = self._held_by_these_alone(leaving)
+        num_shared = sum(1 for block in hit.shared if block in taken_again) if taken_again else 0
+        return max(-(-num_tokens // self.block_size) - hit.num_blocks, 0) + hit.num_evictable + num_shared
 
-    def num_freed_by(self, holding: Holding) -> int:
-        """Blocks that could be had again if this sequence let go of its own; shared ones count only if it is the
-        last."""
+    def num_freed_by(self, leaving: Sequence[Holding]) -> int:
+        """Blocks that could be had again if these sequences let go of theirs; shared ones count once, and only if
+        nobody else holds them."""
+        num_own = sum(holding.num_blocks - len(holding.shared) for holding in leaving)
+        return num_own + len(self._held_by_these_alone(leaving))
+
+    def _held_by_these_alone(self, holdings: Iterable[Holding]) -> set[int]:
+        counts: dict[int, int] = {}
+        for holding in holdings:
+            for block in holding.shared:
+                counts[block] = counts.get(block, 0) + 1
         references = self._references
-        kept = sum(1 for block in holding.shared if references[block] > 1)
-        return holding.num_blocks - kept
+        return {block for block, count in counts.items() if references[block] == count}
 
     # --- changing ----------------------------------------------------------------------------------------------------
 

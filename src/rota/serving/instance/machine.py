@@ -58,7 +58,8 @@ class InstanceMachine:
         self._order = order
         self._batch = batch
         self._memory = memory
-        self._repeat = repeat and batch.shape is not None
+        # A policy that looks at the clock, or counts what it grants, must be asked for every step.
+        self._repeat = repeat and batch.shape is not None and getattr(order, "repeatable", False)
         self._ledger = BlockLedger(
             limits.num_blocks, limits.block_size, enable_prefix_caching=limits.enable_prefix_caching
         )
@@ -189,7 +190,7 @@ class InstanceMachine:
             sequence = sequences.get(request_id)
             if sequence is None:
                 continue
-            if sequence.num_computed_tokens + 1 != sequence.num_tokens:
+            if sequence.state != "running" or sequence.num_computed_tokens + 1 != sequence.num_tokens:
                 raise LawBroken(f"law 2: {sequence!r} was said to have ended, but has no token to end with")
             self.running.remove(sequence)
             self._ledger.release(sequence, sequence.num_computed_tokens, will_return=False)
@@ -214,8 +215,8 @@ class InstanceMachine:
             self._ledger.begin()
             try:
                 self._batch.plan(draft, self._order)
-            except BaseException:
-                self._take_back(draft)
+            except BaseException as error:
+                self._take_back(draft, error)
                 raise
             self._ledger.commit()
             self._apply(draft)
@@ -231,14 +232,16 @@ class InstanceMachine:
             hint="a batch policy must serve somebody whenever a sequence has pending tokens and room",
         )
 
-    def _take_back(self, draft: StepDraft) -> None:
+    def _take_back(self, draft: StepDraft, error: BaseException) -> None:
         self._ledger.rollback()
         for sequence in draft.grants:
             sequence.granted = 0
         for sequence in draft.admitted:
             sequence.num_computed_tokens = 0
         if any(sequence.state == "preempted" for sequence in draft.preempted):
-            raise PolicyError("the policy failed after sequences had been displaced; this instance cannot go on")
+            raise PolicyError(
+                f"the policy failed after sequences had been displaced; this instance cannot go on: {error}"
+            ) from error
 
     def _apply(self, draft: StepDraft) -> None:
         for sequence in draft.preempted:

@@ -21,7 +21,9 @@ def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
     prefills = [sequence for sequence in line if sequence.num_pending_tokens > 1]
     decodes = [sequence for sequence in line if sequence.num_pending_tokens <= 1]
     if shape.admit_before_running:
-        draft.line_up(prefills + decodes)
+        # Not prefills ahead of decodes: a sequence would fall back when its prefill ends, and two could then preempt
+        # each other for ever.
+        draft.line_up(line)
         granted = _grant_each(draft, cursor, prefills)
         granted += _admit(draft, order)
         if granted == 0:

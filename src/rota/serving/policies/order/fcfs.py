@@ -14,6 +14,7 @@ class Fcfs:
     requires: EngineCapabilities = NOTHING
     running_order: Literal["admission", "own"] = "admission"
     displacing = False
+    repeatable = True
 
     def open(self, view: EngineView, pool: Pool) -> InOrder:
         return InOrder(view.running if pool is Pool.RUNNING else view.waiting)

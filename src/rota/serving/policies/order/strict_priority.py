@@ -37,6 +37,7 @@ class StrictPriority:
             )
         self._ageing = None if ageing_seconds is None else max(1, seconds(ageing_seconds))
         self._top = top
+        self.repeatable = ageing_seconds is None
 
     def open(self, view: EngineView, pool: Pool) -> InOrder:
         if pool is Pool.WAITING:

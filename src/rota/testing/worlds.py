@@ -1,0 +1,438 @@
+"""Random workloads for one engine, and a world that plays them while every word of the machine is checked.
+
+What the machine says is held against a second account of every sequence, kept here from its commands alone; so a
+token that is lost or counted twice is seen at the step in which it happens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from hypothesis import strategies as st
+
+from rota.base.errors import LawBroken
+from rota.base.instant import Duration, Instant, after
+from rota.base.journal import Row
+from rota.base.random_streams import RandomStreams
+from rota.runtime.simulation import SimulationLoop
+from rota.serving.api import Capability, EngineView, StepTimePredictor
+from rota.serving.instance.machine import InstanceMachine, InstanceStatistics
+from rota.serving.model.commands import InstanceCommand, RunStep
+from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
+from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
+from rota.serving.model.request import Request, RequestId
+from rota.serving.sim.ground_truth import GroundTruth
+from rota.serving.sim.instance import RANK_ARRIVAL, SequenceState, SimulatedInstance
+from rota.serving.stack import EnginePolicies
+
+RANK_CLIENT_LEAVES = 2
+
+_CHUNK_MIN = 8
+"""Tokens of a prefill in a step, where the budget allows: each output token may cost a prefill anew, but no more,
+before a workload counts as going round in circles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, its true output length, and after how long its client leaves, if it does."""
+
+    request: Request
+    num_output_tokens: int
+    leaves_after: Duration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """An engine's settings and what comes its way, in order of arrival."""
+
+    limits: InstanceLimits
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How and when a request ended (counted from the start of the world), with the tokens that the commands gave it."""
+
+    how: str
+    at: Instant
+    num_output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of a workload."""
+
+    ends: dict[RequestId, End]
+    first_token_at: dict[RequestId, Instant]
+    rows: list[Row]
+    statistics: InstanceStatistics
+    """When all was over."""
+
+    def steps(self) -> list[RunStep]:
+        """The steps that were ordered, in order."""
+        return [command for row in self.rows for command in row.commands if isinstance(command, RunStep)]
+
+
+class Pace:
+    """A step takes 1 ms, 20 µs a token and 3 ns a token of context: whole nanoseconds, so that times compare."""
+
+    def step_time(
+        self, *, prefills: Sequence[tuple[int, int]], num_decodes: int, decode_kv_tokens: int, now: Instant = Instant(0)
+    ) -> int:
+        num_tokens = num_decodes + sum(new_tokens for new_tokens, _ in prefills)
+        return 1_000_000 + 20_000 * num_tokens + 3 * (decode_kv_tokens + sum(context for _, context in prefills))
+
+
+# --- random workloads -------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def workloads(draw: Callable[..., Any], *, num_jobs_max: int = 10) -> Workload:
+    """Bursts and silences, shared prefixes, three classes and clients who leave, on an engine with little room."""
+    block_size = draw(st.sampled_from([1, 4, 4, 16]))
+    limits = InstanceLimits(
+        num_blocks=draw(st.integers(4, 24)),
+        block_size=block_size,
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_num_batched_tokens=draw(st.sampled_from([3, 8, 16, 64])),
+        enable_prefix_caching=draw(st.sampled_from([True, True, False])),
+        watermark_blocks=draw(st.sampled_from([0, 0, 1, 3])),
+        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 5])),
+        reserve_full_prompt=draw(st.sampled_from([True, True, False])),
+    )
+    longest = limits.num_blocks * block_size
+    job = st.tuples(
+        st.sampled_from([0, 0, 1_000, 1_030_000, 4_000_000, 60_000_000]),  # after the one before
+        st.integers(1, max(1, longest * 2 // 3)),  # prompt
+        st.integers(1, max(1, longest // 2)),  # output
+        st.sampled_from([0, 0, 7]),  # what the client allows beyond the output
+        st.integers(0, 2),  # class
+        st.integers(0, 2),  # family, whose prompts begin alike
+        st.sampled_from([None] * 9 + [0, 1_500_000, 20_000_000]),
+    )
+    drawn = draw(st.lists(job, min_size=2, max_size=num_jobs_max))
+    jobs = []
+    at = 0
+    for number, (gap, num_prompt, num_output, slack, priority, family, leaves_after) in enumerate(drawn):
+        at += gap
+        jobs.append(_job(number, at, num_prompt, num_output, slack, priority, family, leaves_after, block_size))
+    return Workload(limits, tuple(jobs))
+
+
+def seeded_workload(seed: int, *, num_jobs: int = 40, load: float = 1.5) -> Workload:
+    """A long workload from a seed, on an engine that `load` times its capacity or so comes upon."""
+    stream = RandomStreams(seed).stream("testing.workload")
+    limits = InstanceLimits(num_blocks=24, block_size=4, max_num_seqs=6, max_num_batched_tokens=24)
+    jobs = []
+    at = 0
+    for number in range(num_jobs):
+        at += round(stream.exponential(8_000_000 / load))
+        num_prompt, num_output = stream.integers(1, 40), stream.integers(1, 40)
+        leaves_after = stream.integers(0, 60_000_000) if stream.random() < 0.1 else None
+        jobs.append(
+            _job(number, at, num_prompt, num_output, 5, stream.integers(0, 3), stream.integers(0, 3), leaves_after, 4)
+        )
+    return Workload(limits, tuple(jobs))
+
+
+def _job(
+    number: int,
+    at: int,
+    num_prompt: int,
+    num_output: int,
+    slack: int,
+    priority: int,
+    family: int,
+    leaves_after: int | None,
+    block_size: int,
+) -> Job:
+    request = Request(
+        RequestId(f"r{number:02}"),
+        Instant(at),
+        num_prompt,
+        max_tokens=num_output + slack,
+        priority=priority,
+        # Prompts of family 0 share nothing; of the others they agree as far as they go.
+        block_hashes=tuple((family, block) for block in range(num_prompt // block_size)) if family else (),
+    )
+    return Job(request, num_output, None if leaves_after is None else Duration(leaves_after))
+
+
+# --- playing ----------------------------------------------------------------------------------------------------------
+
+
+def play(
+    workload: Workload,
+    policies: EnginePolicies,
+    *,
+    is_leaping: bool = True,
+    step_time: StepTimePredictor | None = None,
+    start: Instant = Instant(0),
+) -> Played:
+    """Play a workload, which begins at `start`, to its end through the instance machine with these policies.
+
+    Raises `LawBroken` at the first row after which a law of the machine does not hold, at the end if a request did not
+    end exactly once with its true length or a block is still held, and when the policies go round in circles;
+    `StarvationError` when nobody would ever be served again.
+    """
+    machine = AuditedInstance(workload, policies, is_leaping=is_leaping)
+    watch = _Watch(machine, start, _num_rows_max(workload))
+    loop = SimulationLoop(start, observers=[watch])
+    truth = GroundTruth()
+    spec = InstanceSpec(InstanceId("i0"), workload.limits)
+    instance = SimulatedInstance(loop, spec, machine, step_time or Pace(), truth, watch)
+    for job in workload.jobs:
+        _schedule(loop, instance, truth, watch, job, start)
+    loop.run()
+    machine.check()
+    for job in workload.jobs:
+        _check_end(job, watch.ends.get(job.request.id), machine)
+    statistics = machine.statistics()
+    if statistics.num_free_blocks != workload.limits.num_blocks:
+        num_held = workload.limits.num_blocks - statistics.num_free_blocks
+        raise LawBroken(f"law 3: {num_held} blocks are held when everything has ended")
+    return Played(watch.ends, watch.first_token_at, watch.rows, statistics)
+
+
+def check_same_outcome(one: Played, other: Played, what: str) -> None:
+    """Raise `LawBroken` unless every request ended alike in both, to the nanosecond, after the same work."""
+    for request_id, end in one.ends.items():
+        if other.ends[request_id] != end:
+            raise LawBroken(f"{what}: {request_id} ended as {end} and as {other.ends[request_id]}")
+        if one.first_token_at.get(request_id) != other.first_token_at.get(request_id):
+            raise LawBroken(f"{what}: the first token of {request_id} came at different times")
+    if one.statistics != other.statistics:
+        raise LawBroken(f"{what}: {one.statistics} became {other.statistics}")
+
+
+def check_same_rows(one: Played, other: Played) -> None:
+    """Raise `LawBroken` (law 8) at the first thing that a second run with fresh policies decided differently."""
+    for left, right in zip(one.rows, other.rows, strict=False):
+        if left != right:
+            raise LawBroken(f"law 8: a second run with fresh policies parts from the first: {left} became {right}")
+    if len(one.rows) != len(other.rows):
+        raise LawBroken(f"law 8: a second run with fresh policies took {len(other.rows)} rows, not {len(one.rows)}")
+
+
+def check_same_commands(one: Played, other: Played, what: str) -> None:
+    """Raise `LawBroken` unless the machine gave the same commands in the same order in both."""
+    for left, right in zip(one.rows, other.rows, strict=False):
+        if left.commands != right.commands:
+            raise LawBroken(f"{what}: {left} became {right}")
+
+
+def check_requires(policy: Any) -> None:
+    """Raise `LawBroken` unless `requires` is a frozenset of `Capability` values."""
+    requires = policy.requires
+    if not isinstance(requires, frozenset) or not all(isinstance(needed, Capability) for needed in requires):
+        raise LawBroken(f"requires must be a frozenset of Capability values, not {requires!r}")
+
+
+_facts = attrgetter(
+    "id",
+    "request",
+    "priority",
+    "tenant",
+    "arrived_at",
+    "admitted_seq",
+    "queue_position",
+    "num_tokens",
+    "num_prompt_tokens",
+    "num_computed_tokens",
+    "num_preemptions",
+)
+
+
+def picture(view: EngineView) -> tuple[Any, ...]:
+    """All that a policy can see, as a value: two pictures are equal unless something was written between them."""
+    return (
+        view.now,
+        view.limits,
+        view.num_free_blocks,
+        [_facts(sequence) for sequence in view.running],
+        [_facts(sequence) for sequence in view.waiting],
+    )
+
+
+def refuse_writing(before: tuple[Any, ...], view: EngineView, where: str) -> None:
+    """Raise `LawBroken` (law 13) if what the view shows is no longer what it showed."""
+    if picture(view) != before:
+        raise LawBroken(f"law 13: {where} wrote to its view")
+
+
+class AuditedInstance(InstanceMachine):
+    """The real machine with a second account of every sequence: its tokens as its commands alone tell them (law 2), its
+    share of every step (law 4), and all that the machine checks itself, after every event."""
+
+    def __init__(self, workload: Workload, policies: EnginePolicies, *, is_leaping: bool = True) -> None:
+        super().__init__(
+            workload.limits,
+            order=policies.order,
+            batch=policies.batch,
+            memory=policies.memory,
+            repeat=is_leaping,
+        )
+        self._accounts: dict[RequestId, _Account] = {}
+        self._last_step: RunStep | None = None
+        self.num_output_tokens: dict[RequestId, int] = {}
+        """Of the sequences that have finished."""
+
+    def handle(self, event: InstanceEvent, now: Instant) -> Sequence[InstanceCommand]:
+        if isinstance(event, StepFinished):
+            self._count_finished_step(event)
+        commands = super().handle(event, now)
+        if isinstance(event, SequenceAborted):
+            self._accounts.pop(event.request_id, None)
+        elif isinstance(event, SequenceArrived) and self.sequence(event.request.id) is not None:
+            self._accounts[event.request.id] = _Account(event.request.num_prompt_tokens)
+        for command in commands:
+            if isinstance(command, RunStep):
+                self._count_step(command)
+                self._last_step = command
+        self.check()
+        return commands
+
+    def _count_finished_step(self, event: StepFinished) -> None:
+        step, self._last_step = self._last_step, None
+        if step is None:
+            raise LawBroken(f"law 6: step {event.step_id} finished, and none was ordered")
+        for request_id, _ in step.grants:
+            account = self._accounts.get(request_id)
+            if account is not None and account.num_computed == account.num_tokens:
+                account.num_tokens += event.num_steps
+                account.num_computed += event.num_steps - 1
+        for request_id in event.finished:
+            account = self._accounts.pop(request_id)
+            self.num_output_tokens[request_id] = account.num_tokens - account.num_prompt
+
+    def _count_step(self, step: RunStep) -> None:
+        for request_id in step.preempted:
+            account = self._accounts[request_id]
+            account.is_running, account.num_computed = False, 0
+        granted = [request_id for request_id, _ in step.grants]
+        if len(set(granted)) != len(granted):
+            raise LawBroken(f"law 4: step {step.step_id} names a sequence twice: {granted}")
+        if sum(num_tokens for _, num_tokens in step.grants) > self.limits.max_num_batched_tokens:
+            raise LawBroken(f"law 4: step {step.step_id} holds more than {self.limits.max_num_batched_tokens} tokens")
+        for request_id, num_tokens in step.grants:
+            self._count_grant(request_id, num_tokens)
+        num_running = sum(account.is_running for account in self._accounts.values())
+        if num_running > self.limits.max_num_seqs:
+            raise LawBroken(f"law 4: {num_running} sequences run, {self.limits.max_num_seqs} may")
+
+    def _count_grant(self, request_id: RequestId, num_tokens: int) -> None:
+        account = self._accounts[request_id]
+        sequence = self.sequence(request_id)
+        if sequence is None or num_tokens < 1:
+            raise LawBroken(f"law 2: {request_id} was granted {num_tokens} tokens, and is {sequence}")
+        if not account.is_running:
+            # What is computed beyond the grant was found in the prefix cache.
+            num_cached = sequence.num_computed_tokens - num_tokens
+            if not 0 <= num_cached < account.num_tokens or num_cached % self.limits.block_size:
+                raise LawBroken(f"law 2: {sequence} was admitted with {num_cached} cached tokens")
+            account.is_running, account.num_computed = True, num_cached
+        account.num_computed += num_tokens
+        if (sequence.num_tokens, sequence.num_computed_tokens) != (account.num_tokens, account.num_computed):
+            raise LawBroken(f"law 2: by its commands {sequence} has {account.num_computed}/{account.num_tokens}")
+        if account.num_computed > account.num_tokens:
+            raise LawBroken(f"law 2: {sequence} computes tokens that do not exist yet")
+
+
+class _Account:
+    __slots__ = ("is_running", "num_computed", "num_prompt", "num_tokens")
+
+    def __init__(self, num_prompt: int) -> None:
+        self.num_prompt = num_prompt
+        self.num_tokens = num_prompt
+        self.num_computed = 0
+        self.is_running = False
+
+
+class _Watch:
+    """The clients' side: hears first tokens and ends, and keeps the rows."""
+
+    def __init__(self, machine: AuditedInstance, start: Instant, num_rows_max: int) -> None:
+        self.rows: list[Row] = []
+        self.ends: dict[RequestId, End] = {}
+        self.first_token_at: dict[RequestId, Instant] = {}
+        self._machine = machine
+        self._start = start
+        self._num_rows_max = num_rows_max
+
+    def on_row(self, row: Row) -> None:
+        self.rows.append(row)
+        if len(self.rows) > self._num_rows_max:
+            raise LawBroken(
+                f"law 6: {len(self.rows)} rows and no end: {', '.join(self._machine.unfinished())} go round in circles"
+            )
+
+    def on_first_token(self, instance_id: InstanceId, request_id: RequestId, at: Instant) -> None:
+        # A sequence that is preempted before its first token was never here before; after it, this is not called.
+        if request_id in self.first_token_at:
+            raise LawBroken(f"law 2: {request_id} got its first token twice")
+        self.first_token_at[request_id] = Instant(at - self._start)
+
+    def on_finished(
+        self, instance_id: InstanceId, at: Instant, sequence: SequenceState, num_output_tokens: int
+    ) -> None:
+        self.end(sequence.request.id, "finished", at, num_output_tokens)
+
+    def on_rejected(self, instance_id: InstanceId, request_id: RequestId, at: Instant, reason: str) -> None:
+        if not reason:
+            raise LawBroken(f"law 11: {request_id} was rejected without a reason")
+        self.end(request_id, "rejected", at)
+
+    def on_step(self, instance_id: InstanceId, at: Instant) -> None:
+        pass
+
+    def end(self, request_id: RequestId, how: str, at: Instant, num_output_tokens: int = 0) -> None:
+        end = End(how, Instant(at - self._start), num_output_tokens)
+        if request_id in self.ends:
+            raise LawBroken(f"law 1: {request_id} ended as {self.ends[request_id]} and again as {end}")
+        self.ends[request_id] = end
+
+
+def _schedule(
+    loop: SimulationLoop, instance: SimulatedInstance, truth: GroundTruth, watch: _Watch, job: Job, start: Instant
+) -> None:
+    request = job.request
+    arrives_at = after(request.arrived_at, Duration(start))
+    if start:
+        request = _moved(request, arrives_at)
+
+    def arrive(now: Instant) -> None:
+        truth.add(request, job.num_output_tokens)
+        instance.submit(request)
+
+    def leave(now: Instant) -> None:
+        if request.id not in watch.ends:
+            watch.end(request.id, "aborted", now)
+            instance.abort(request.id)
+
+    loop.call_at(arrives_at, arrive, RANK_ARRIVAL)
+    if job.leaves_after is not None:
+        loop.call_at(after(arrives_at, job.leaves_after), leave, RANK_CLIENT_LEAVES)
+
+
+def _moved(request: Request, arrived_at: Instant) -> Request:
+    facts = {name: getattr(request, name) for name in request.__struct_fields__}
+    return Request(**{**facts, "arrived_at": arrived_at})
+
+
+def _num_rows_max(workload: Workload) -> int:
+    num_output_tokens = sum(job.num_output_tokens for job in workload.jobs)
+    longest = max(job.request.num_prompt_tokens + job.num_output_tokens for job in workload.jobs)
+    return 100 + num_output_tokens * (2 + 2 * longest // min(workload.limits.max_num_batched_tokens, _CHUNK_MIN))
+
+
+def _check_end(job: Job, end: End | None, machine: AuditedInstance) -> None:
+    request, limits = job.request, machine.limits
+    if end is None:
+        raise LawBroken(f"law 1: {request.id} never ended")
+    if end.how == "finished":
+        longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        owed = min(job.num_output_tokens, request.max_tokens, longest - request.num_prompt_tokens)
+        given = machine.num_output_tokens[request.id]
+        if not owed == given == end.num_output_tokens:
+            raise LawBroken(f"law 2: {request.id} got {given} tokens by the commands, {end} in all; it has {owed}")
