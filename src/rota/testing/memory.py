@@ -1,0 +1,87 @@
+"""The conformance suite of memory policies."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rota.base.errors import LawBroken
+from rota.serving.api import Capability, EngineView, MemoryPolicy, OrderPolicy, SequenceView
+from rota.serving.stack import EnginePolicies
+from rota.testing.batch import ORDERS
+from rota.testing.order import BATCHES, SHIFT
+from rota.testing.worlds import (
+    Workload,
+    check_requires,
+    check_same_commands,
+    check_same_outcome,
+    check_same_rows,
+    picture,
+    play,
+    refuse_writing,
+    workloads,
+)
+
+
+def check_memory_policy(factory: Callable[[], MemoryPolicy], *, max_examples: int = 50) -> None:
+    """Prove that a memory policy keeps the contract of its kind; raises `LawBroken` (or the machine's `PolicyError` or
+    `StarvationError`) with the first example that does not.
+
+    `factory` makes a fresh policy, each time alike. The policy runs inside the real instance machine, under random
+    workloads with too little memory, classes, shared prefixes and clients who leave, with every built-in order and
+    batch policy:
+
+    * the victim is one of the candidates, or nobody, which must not leave everybody without room for ever;
+    * unless the policy requires `CHOOSE_VICTIM`, the victim is the one that `victim_order` announces;
+    * nothing that is shown is written to, the list of candidates included (law 13);
+    * every request ends exactly once, with its true length, and the machine's laws hold after every event; so nobody
+      goes round in circles, preempted for one whom it is then preempted for;
+    * a second run with fresh policies gives the same commands, and so does one at another time (law 8);
+    * leaping over equal steps changes no end.
+    """
+    check_requires(factory())
+    if factory().victim_order not in ("line", "admission"):
+        raise LawBroken(f"victim_order is {factory().victim_order!r}, neither 'line' nor 'admission'")
+
+    @settings(max_examples=max_examples, deadline=None, report_multiple_bugs=False)
+    @given(workload=workloads(), order=st.sampled_from(ORDERS), batch=st.sampled_from(BATCHES))
+    def keeps_the_contract(workload: Workload, order: Callable[[], OrderPolicy], batch: Callable[[], Any]) -> None:
+        def policies() -> EnginePolicies:
+            return EnginePolicies(order(), batch(), MemorySpy(factory()))
+
+        played = play(workload, policies())
+        check_same_rows(played, play(workload, policies()))
+        check_same_commands(played, play(workload, policies(), start=SHIFT), "law 8: at another time")
+        check_same_outcome(played, play(workload, policies(), is_leaping=False), "law 8: step by step")
+
+    keeps_the_contract()
+
+
+class MemorySpy:
+    """Stands between the machine and a memory policy, and checks every victim."""
+
+    def __init__(self, policy: MemoryPolicy) -> None:
+        self.policy = policy
+        self.requires = policy.requires
+        self.victim_order = policy.victim_order
+
+    def victim(self, view: EngineView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
+        before, offered = picture(view), list(candidates)
+        victim = self.policy.victim(view, candidates, needy)
+        refuse_writing(before, view, "the memory policy")
+        if list(candidates) != offered:
+            raise LawBroken("law 13: the memory policy wrote to the list of candidates")
+        if victim is None:
+            return None
+        if not any(victim is candidate for candidate in offered):
+            raise LawBroken(f"the victim {victim!r} is not among the candidates {offered!r}")
+        announced = self._announced(offered)
+        if victim is not announced and Capability.CHOOSE_VICTIM not in self.requires:
+            raise LawBroken(f"the victim is {victim!r}, by its victim_order it is {announced!r}")
+        return victim
+
+    def _announced(self, offered: list[SequenceView]) -> SequenceView:
+        if self.victim_order == "line":
+            return offered[-1]
+        return max(offered, key=lambda sequence: sequence.admitted_seq)
