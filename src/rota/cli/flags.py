@@ -21,6 +21,13 @@ def positive(flag: str, value: float) -> float:
     return value
 
 
+def at_least_zero(flag: str, value: float) -> float:
+    """The value, if it is a finite number that is not negative."""
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{flag}: must be a number that is not negative, not {value:g}")
+    return value
+
+
 def at_least(flag: str, value: int, least: int) -> int:
     """The value, if it is not below `least`."""
     if value < least:

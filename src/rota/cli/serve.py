@@ -9,7 +9,7 @@ import typer
 
 from rota.base.errors import ConfigError
 from rota.base.nearest import did_you_mean
-from rota.cli.flags import Json, Seed, at_least, positive, writing
+from rota.cli.flags import Json, Seed, at_least, at_least_zero, positive, writing
 from rota.cli.output import print_json, say
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def serve(
         run_dir=run_dir,
         start_timeout=positive("--start-timeout", start_timeout),
         wait_for_all=wait_for_all,
-        drain=drain,
+        drain=at_least_zero("--drain", drain),
         seed=seed,
         json=json,
     )
@@ -215,7 +215,8 @@ def _simulated(loop: "LiveLoop", system: "System", config: "SystemConfig", profi
     from rota.serving.live.simulated import simulated_engines
     from rota.serving.predictors.step_time.profiles import load_profile
 
-    return simulated_engines(loop, system, config, load_profile(profile).predictor())
+    facts = load_profile(profile)
+    return simulated_engines(loop, system, config, facts.predictor(), step_overhead=facts.step_overhead())
 
 
 def _vllm(

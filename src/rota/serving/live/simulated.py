@@ -13,7 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from rota.base.errors import ConfigError, EngineError, LawBroken
-from rota.base.instant import Instant, to_seconds
+from rota.base.instant import Duration, Instant, to_seconds
 from rota.base.random_streams import RandomStreams, Stream
 from rota.runtime.live import LiveLoop
 from rota.serving.api import StepTimePredictor
@@ -77,6 +77,7 @@ class SimulatedEngine:
         lengths: Stream,
         *,
         model: str = "simulated",
+        step_overhead: Duration = Duration(0),
     ) -> None:
         """`machine` must have been built without leaping (`SystemConfig.is_leaping`), since every token is spoken."""
         self.spec = spec
@@ -85,12 +86,15 @@ class SimulatedEngine:
         self._name = instance_name(spec.id)
         self._machine = machine
         self._step_time = step_time
+        self._overhead = step_overhead
         self._lengths = lengths
         self._longest = min(spec.limits.max_model_len, spec.limits.num_blocks * spec.limits.block_size)
         self._speakers: dict[RequestId, _Speaker] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._step: RunStep | None = None
         self._due_at = 0.0
+        self._ended_at: float | None = None
+        """When the step before was due to end, for one that follows at once; None for one that ends idleness."""
         self._is_lost = False
         loop.add_machine(self._name, machine, self._carry_out)
 
@@ -222,12 +226,15 @@ class SimulatedEngine:
                 prefills.append((num_tokens, sequence.num_computed_tokens - num_tokens))
         nanoseconds = 0
         if prefills or num_decodes:
-            nanoseconds = self._step_time.step_time(
+            nanoseconds = self._overhead + self._step_time.step_time(
                 prefills=prefills, num_decodes=num_decodes, decode_kv_tokens=kv_tokens
             )
         loop = asyncio.get_running_loop()
         self._step = step
-        self._due_at = max(self._due_at, loop.time() - _CATCH_UP_SECONDS) + to_seconds(nanoseconds)
+        begins_at = loop.time()
+        if self._ended_at is not None:
+            begins_at = max(self._ended_at, begins_at - _CATCH_UP_SECONDS)
+        self._due_at = begins_at + to_seconds(nanoseconds)
         self._timer = loop.call_at(self._due_at, self._end_step)
 
     def _end_step(self) -> None:
@@ -248,7 +255,9 @@ class SimulatedEngine:
         # The tokens go out first; the next step, which this starts, is planned while they are on their way.
         for _, speaker in speaking:
             self._speak(speaker)
+        self._ended_at = self._due_at
         self._loop.submit(self._name, StepFinished(step.step_id, 1, tuple(finished)))
+        self._ended_at = None
 
     def _speak(self, speaker: _Speaker) -> None:
         sink, placeholder = speaker.sink, speaker.placeholder
@@ -281,7 +290,13 @@ class SimulatedEngine:
 
 
 def simulated_engines(
-    loop: LiveLoop, system: System, config: SystemConfig, step_time: StepTimePredictor, *, model: str = "simulated"
+    loop: LiveLoop,
+    system: System,
+    config: SystemConfig,
+    step_time: StepTimePredictor,
+    *,
+    model: str = "simulated",
+    step_overhead: Duration = Duration(0),
 ) -> list[SimulatedEngine]:
     """One simulated engine for each instance that the system was configured with.
 
@@ -297,6 +312,7 @@ def simulated_engines(
             step_time,
             streams.stream(f"output_length/{spec.id}"),
             model=model,
+            step_overhead=step_overhead,
         )
         for spec in config.instances
     ]
