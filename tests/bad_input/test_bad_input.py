@@ -95,6 +95,7 @@ FLAGS = [
     Case("a port that there is not", "serve --engine simulated --port 70000", "--port: "),
     Case("a negative port", "serve --engine simulated --port -1", "--port: "),
     Case("two kinds of engine", "serve --engine simulated --engine vllm", "--engine: "),
+    Case("a negative drain", "serve --engine simulated --drain -1", "--drain: must be a number that is not negative"),
     Case("serving with no instances", "serve --engine simulated --instances 0", "--instances: must be at least 1"),
     Case(
         "no time to start in", "serve --engine simulated --start-timeout 0", "--start-timeout: must be a number above 0"

@@ -128,7 +128,7 @@ class ClusterMachine:
         self._max_prompt_anywhere: int | None = None
         """Prompt tokens that the largest instance ever seen can take; None before the first."""
 
-    # --- the machine protocol -----------------------------------------------------------------------------------------
+    # --- the machine protocol ----------------------------------------------------------------------------------------
 
     def handle(self, event: ClusterEvent, now: Instant) -> Sequence[ClusterCommand]:
         self._advance(now)
@@ -205,7 +205,7 @@ class ClusterMachine:
     def unfinished(self) -> Sequence[RequestId]:
         return list(self._requests)
 
-    # --- what hosts and eyes read -------------------------------------------------------------------------------------
+    # --- what hosts and eyes read ------------------------------------------------------------------------------------
 
     def counts(self) -> ClusterCounts:
         """The requests by state; O(unfinished)."""
@@ -236,7 +236,7 @@ class ClusterMachine:
         """The ready instances by id, as policies see them."""
         return self._ready_views
 
-    # --- requests -----------------------------------------------------------------------------------------------------
+    # --- requests ----------------------------------------------------------------------------------------------------
 
     def _arrive(self, request: Request, now: Instant) -> Sequence[ClusterCommand]:
         if request.id in self._requests or request.id in self._recent:
@@ -412,7 +412,7 @@ class ClusterMachine:
             ledger.credit(tracked.request.id)
             self._forget_if_over(ledger)
 
-    # --- instances ----------------------------------------------------------------------------------------------------
+    # --- instances ---------------------------------------------------------------------------------------------------
 
     def _instance_started(self, spec: InstanceSpec, now: Instant) -> Sequence[ClusterCommand]:
         ledger = self._ledgers.get(spec.id)
@@ -459,7 +459,7 @@ class ClusterMachine:
         self._ready_views = tuple(ledger.view for ledger in self._ready)
         self._max_prompt_everywhere = min((ledger.max_prompt_tokens for ledger in self._ready), default=0)
 
-    # --- laws ---------------------------------------------------------------------------------------------------------
+    # --- laws --------------------------------------------------------------------------------------------------------
 
     def _advance(self, now: Instant) -> None:
         if self._now is not None and now < self._now:
