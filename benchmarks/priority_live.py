@@ -6,9 +6,8 @@ class.
 Four arms in one run, each with two fresh engines behind our router with the same dispatch, and the same requests at the
 same moments: vLLM's own `fcfs`; vLLM's own `priority`; our plug-in with `fcfs` (the control: the plug-in without the
 policy); our plug-in with `strict_priority`. Times count from the moment a request was due. Answers have the
-lengths that were asked for (`ignore_eos`), about those of the Azure conversation trace, so the work is equal in all arms.
-About five minutes an arm on two cores.
-"""
+lengths that were asked for (`ignore_eos`), about those of the Azure conversation trace, so the work is equal in all
+arms. About five minutes an arm on two cores."""
 
 import argparse
 import json

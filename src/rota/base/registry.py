@@ -31,8 +31,8 @@ class Registry:
         return sorted(self.table.keys() | self._entry_points().keys())
 
     def load(self, name: str, *, where: str = "") -> type[Any]:
-        """Import and return the class behind a name, or at `module:Class`. A `ConfigError` begins with `where`, the spot
-        that named it."""
+        """Import and return the class behind a name, or at `module:Class`. A `ConfigError` begins with `where`, the
+        spot that named it."""
         prefix = f"{where}: " if where else ""
         outside = self._entry_points().get(name)
         spec = self.table.get(name)
