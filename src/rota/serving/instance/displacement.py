@@ -29,7 +29,10 @@ def choose_displaced(
     limits = view.limits
     chunk_max = min(limits.long_prefill_token_threshold or token_budget, token_budget)
     running = list(view.running)
-    if not running or not len(view.waiting):
+    cursor = order.open(view, Pool.WAITING)
+    waiting = cursor.next() if len(view.waiting) else None
+    # Whoever stands first outranks most; in most steps it outranks nobody, and nothing needs to be counted.
+    if waiting is None or not any(order.displaces(view, waiting, sequence) for sequence in running):
         return []
     num_slots = limits.max_num_seqs - len(running)
     num_tokens = token_budget - sum(min(sequence.num_pending_tokens, chunk_max) for sequence in running)
@@ -37,8 +40,7 @@ def choose_displaced(
     num_taken = 0
     victims: list[SequenceView] = []
     starters: list[SequenceView] = []
-    cursor = order.open(view, Pool.WAITING)
-    while (waiting := cursor.next()) is not None:
+    while waiting is not None:
         candidates = [sequence for sequence in running if order.displaces(view, waiting, sequence)]
         if not candidates:
             break
@@ -61,6 +63,7 @@ def choose_displaced(
         victims = leaving
         num_slots -= 1
         num_tokens -= min(waiting.num_pending_tokens, num_tokens)
+        waiting = cursor.next()
     return victims
 
 
