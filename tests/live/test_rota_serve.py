@@ -1,0 +1,172 @@
+"""What `make serve` starts, as a user meets it: `rota serve` over two real vLLMs, asked by the real OpenAI client."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from rota.serving.engines.vllm.facts import read_facts
+
+pytestmark = pytest.mark.live
+
+ROTA = [sys.executable, "-m", "rota.cli.main"]
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@dataclass
+class Served:
+    """A router that runs, and where it keeps its things."""
+
+    process: "subprocess.Popen[str]"
+    client: openai.OpenAI
+    folder: Path
+
+    def chat(self, **extra: object) -> openai.types.chat.ChatCompletion:
+        return self.client.chat.completions.create(
+            model="smollm2-135m", messages=QUESTION, max_tokens=16, temperature=0, **extra
+        )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "stack.toml").write_text('order = "strict_priority"\ndispatch = "round_robin"\n')
+    process = subprocess.Popen(
+        [
+            *(*ROTA, "serve", "--port", "0", "--instances", "2", "--json", "--wait-for-all", "--drain", "5"),
+            *("--stack", str(folder / "stack.toml"), "--run-dir", str(folder)),
+            *("--journal", str(folder / "journal.jsonl")),
+            *("--engine-option", "max_num_seqs=4", "--engine-option", "max_model_len=1024"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        lines: list[str] = []
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.startswith("}"):
+                break
+        assert lines, (folder / "vllm-0.log").read_text()[-4000:]
+        url = json.loads("".join(lines))["url"]
+        yield Served(process, openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120), folder)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(60)
+
+
+def test_it_answers_sensibly_from_both_engines(served: Served) -> None:
+    assert [model.id for model in served.client.models.list()] == ["smollm2-135m"]
+    answers = [served.chat() for _ in range(2)]
+    assert all("Paris" in (answer.choices[0].message.content or "") for answer in answers)
+    streamed = served.client.chat.completions.create(
+        model="smollm2-135m", messages=QUESTION, max_tokens=16, temperature=0, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert text == answers[0].choices[0].message.content
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        steps = [len(list(read_facts(served.folder / f"vllm-{index}.facts.jsonl"))) for index in range(2)]
+        if min(steps) > 0:
+            break
+        time.sleep(0.2)
+    assert min(steps) > 0, "one of the engines ran no step"
+
+
+def test_a_class_sent_by_header_displaces_inside_the_engines(served: Served) -> None:
+    def low(number: int) -> int:
+        answer = served.client.completions.create(
+            model="smollm2-135m", prompt=f"{number}. Once upon a time", max_tokens=160, extra_body={"ignore_eos": True}
+        )
+        return answer.usage.completion_tokens
+
+    def high() -> str | None:
+        time.sleep(2)  # by then every slot of both engines is taken
+        return served.chat(extra_headers={"x-gateway-inference-objective": "1"}).choices[0].message.content
+
+    with ThreadPoolExecutor(16) as pool:
+        lows = [pool.submit(low, number) for number in range(14)]
+        answers = [pool.submit(high) for _ in range(2)]
+        assert all("Paris" in (answer.result() or "") for answer in answers)
+        assert [each.result() for each in lows] == [160] * 14, "displaced requests end with all of their tokens"
+    facts = [step for index in range(2) for step in read_facts(served.folder / f"vllm-{index}.facts.jsonl")]
+    assert sum(step.num_displaced for step in facts) > 0
+
+
+def test_bad_input_is_answered_in_openais_shape(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.client.chat.completions.create(model="smollm2-135m", messages=QUESTION, max_tokens="many")  # type: ignore[call-overload]
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(openai.NotFoundError):
+        served.client.chat.completions.create(model="no-such-model", messages=QUESTION, max_tokens=4)
+
+
+def test_an_engine_that_dies_mid_stream_is_told_and_replaced_by_the_other(served: Served) -> None:
+    streams = [
+        served.client.completions.create(
+            model="smollm2-135m",
+            prompt="Once upon a time",
+            max_tokens=600,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for _ in range(2)
+    ]
+    for stream in streams:
+        next(iter(stream))
+    victim = engines(served)[0]
+    os.kill(victim, signal.SIGKILL)
+    ends = [_end(stream) for stream in streams]
+    assert sorted(ends) == ["engine_lost", "length"]
+    assert "Paris" in (served.chat().choices[0].message.content or ""), "the other engine goes on"
+
+
+def test_it_stops_in_order_and_its_journal_replays(served: Served) -> None:
+    assert engines(served)
+    os.kill(served.process.pid, signal.SIGINT)
+    assert served.process.wait(60) == 0
+    deadline = time.monotonic() + 20
+    while engines(served) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not engines(served), "an engine was left behind"
+    replayed = subprocess.run(
+        [*ROTA, "replay", str(served.folder / "journal.jsonl")], capture_output=True, text=True, timeout=60
+    )
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "identical" in replayed.stdout
+
+
+def _end(stream: "openai.Stream[openai.types.Completion]") -> str:
+    """How a stream ended: its finish reason, or the code of its error."""
+    try:
+        for chunk in stream:
+            if chunk.choices and chunk.choices[0].finish_reason:
+                return chunk.choices[0].finish_reason
+    except openai.APIError as error:
+        return str(error.code)
+    return "nothing"
+
+
+def engines(served: Served) -> list[int]:
+    """Process ids of the engines' servers: their command lines name our folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if "api_server" in command and str(served.folder) in command:
+                found.append(int(entry.name))
+    return sorted(found)
