@@ -176,7 +176,7 @@ def play(
     end exactly once with its true length or a block is still held, and when the policies go round in circles;
     `StarvationError` when nobody would ever be served again.
     """
-    machine = AuditedInstance(workload, policies, is_leaping=is_leaping)
+    machine = AuditedInstance(workload.limits, policies, is_leaping=is_leaping)
     watch = _Watch(machine, start, _num_rows_max(workload))
     loop = SimulationLoop(start, observers=[watch])
     truth = GroundTruth()
@@ -265,9 +265,9 @@ class AuditedInstance(InstanceMachine):
     """The real machine with a second account of every sequence: its tokens as its commands alone tell them (law 2), its
     share of every step (law 4), and all that the machine checks itself, after every event."""
 
-    def __init__(self, workload: Workload, policies: EnginePolicies, *, is_leaping: bool = True) -> None:
+    def __init__(self, limits: InstanceLimits, policies: EnginePolicies, *, is_leaping: bool = True) -> None:
         super().__init__(
-            workload.limits,
+            limits,
             order=policies.order,
             batch=policies.batch,
             memory=policies.memory,
