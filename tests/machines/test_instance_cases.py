@@ -133,6 +133,24 @@ def test_a_prefill_in_chunks_leaves_tokens_to_start_with():
     assert played.statistics.num_preemptions == 0
 
 
+def test_nobody_is_displaced_for_tokens_that_go_to_another():
+    """r1 starts beside r0 and takes all tokens that are left, and would take the one that r0 gave up as well; so r0
+    need not go for r2."""
+    limits = InstanceLimits(num_blocks=100, block_size=4, max_num_batched_tokens=8)
+    jobs = (job(0, 0, 4, 20, 1), job(1, 1, 20, 2), job(2, 2, 20, 2))
+    played = play(Workload(limits, jobs), EnginePolicies(StrictPriority(), VllmDefault(), RecomputeLowest()))
+    assert played.statistics.num_preemptions == 0
+    assert grants(played)[1] == {"r0": 1, "r1": 7}
+
+
+def test_the_lowest_class_is_displaced_first():
+    """r0 is of class 2, and r1, admitted after it, of class 1; r2 needs one slot."""
+    limits = InstanceLimits(num_blocks=100, block_size=4, max_num_seqs=2)
+    jobs = (job(0, 0, 4, 20, 2), job(1, 1, 4, 20, 1), job(2, 5 * MS, 4, 2))
+    played = play(Workload(limits, jobs), EnginePolicies(StrictPriority(), VllmDefault(), RecomputeLowest()))
+    assert [step.preempted for step in played.steps() if step.preempted] == [("r0",)]
+
+
 def test_prefills_and_decodes_do_not_preempt_each_other_for_ever():
     limits = InstanceLimits(
         num_blocks=6,

@@ -38,10 +38,11 @@ def choose_displaced(
     num_tokens = token_budget - sum(min(sequence.num_pending_tokens, chunk_max) for sequence in running)
     num_blocks = view.num_free_blocks - sum(_growth(sequence, chunk_max, limits.block_size) for sequence in running)
     num_taken = 0
+    line = _line(view, order, running)
     victims: list[SequenceView] = []
     starters: list[SequenceView] = []
     while waiting is not None:
-        candidates = [sequence for sequence in running if order.displaces(view, waiting, sequence)]
+        candidates = [sequence for sequence in line if order.displaces(view, waiting, sequence)]
         if not candidates:
             break
         starters.append(waiting)
@@ -53,7 +54,7 @@ def choose_displaced(
             if victim is None:
                 return victims
             candidates.remove(victim)
-            running.remove(victim)
+            line.remove(victim)
             leaving.append(victim)
             num_slots += 1
             num_tokens += min(victim.num_pending_tokens, chunk_max)
@@ -62,9 +63,21 @@ def choose_displaced(
             num_taken = sum(num_blocks_to_take(sequence, leaving) for sequence in starters)
         victims = leaving
         num_slots -= 1
-        num_tokens -= min(waiting.num_pending_tokens, num_tokens)
+        # All that it would take: tokens that somebody gives up go to it first, not to those behind it.
+        num_tokens -= min(waiting.num_pending_tokens, chunk_max)
         waiting = cursor.next()
     return victims
+
+
+def _line(view: EngineView, order: OrderPolicy, running: list[SequenceView]) -> list[SequenceView]:
+    """The running sequences as the order ranks them, so that the memory policy finds the lowest at the end."""
+    if order.running_order == "admission":
+        return running
+    cursor = order.open(view, Pool.RUNNING)
+    line = []
+    while (sequence := cursor.next()) is not None:
+        line.append(sequence)
+    return line
 
 
 def _growth(sequence: SequenceView, num_tokens: int, block_size: int) -> int:
