@@ -2,44 +2,30 @@
 say."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tools.expected import EXAMPLES, REPOSITORY, expected, played, run, stacks
 
-REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = REPOSITORY / "examples"
-STACKS = sorted(path for path in EXAMPLES.glob("*.toml") if path.stem != "mixed")
-ROTA = [sys.executable, "-m", "rota.cli.main"]
-KEPT = ("num_requests", "num_finished", "num_preemptions", "num_steps", "journal_digest")
-
-
-def run(command: list[str]) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
-    return done.stdout
+ROTA = ("-m", "rota.cli.main")
+HINT = "if this is meant, run python tools/expected.py and read the difference"
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_a_script_prints_what_stands_beside_it(script: Path) -> None:
-    assert run([sys.executable, str(script)]) == expected(script)
+    assert run(str(script)) == expected(script).read_text(), HINT
 
 
-@pytest.mark.parametrize("stack", STACKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("stack", stacks(), ids=lambda path: path.name)
 def test_a_stack_plays_the_same_every_time(stack: Path) -> None:
     """The digest covers every decision: it changes with the policies, and with nothing else."""
-    trace = str(EXAMPLES / "mixed.toml")
-    summary = json.loads(run([*ROTA, "simulate", "--trace", trace, "--stack", str(stack), "--json"]))
-    assert {key: summary[key] for key in KEPT} == json.loads(expected(stack))
+    assert played(stack) == expected(stack).read_text(), HINT
 
 
 def test_the_stacks_decide_differently() -> None:
-    digests = [json.loads(expected(stack))["journal_digest"] for stack in STACKS]
+    digests = [json.loads(expected(stack).read_text())["journal_digest"] for stack in stacks()]
     assert len(set(digests)) == len(digests)
 
 
@@ -64,7 +50,7 @@ def test_the_readme_simulates_with_a_policy_of_ones_own(tmp_path: Path) -> None:
     assert len(wanted) == 2, "the README shows our simulator and vLLM's scheduler"
     (tmp_path / "mine.toml").write_text('order = "shortest_prompt_first:ShortestPromptFirst"\n')
     words = shlex.split(wanted[0].replace("mine.toml", str(tmp_path / "mine.toml")))
-    assert "requests" in run([*ROTA, *words[1:]])
+    assert "requests" in run(*ROTA, *words[1:])
 
 
 @pytest.mark.slow
@@ -77,17 +63,13 @@ def test_a_policy_of_ones_own_decides_alike_on_our_model_and_in_vllm() -> None:
         "--num-requests",
         "200",
     ]
-    ours = json.loads(run([*ROTA, "simulate", *words, "--json"]))
-    theirs = json.loads(run([*ROTA, "simulate", *words, "--json", "--engine", "vllm"]))
+    ours = json.loads(run(*ROTA, "simulate", *words, "--json"))
+    theirs = json.loads(run(*ROTA, "simulate", *words, "--json", "--engine", "vllm"))
     assert ours["ttft_ms"] == theirs["ttft_ms"]
     assert ours["e2e_ms"] == theirs["e2e_ms"]
     assert ours["num_steps"] == theirs["num_steps"]
     assert ours["prefix_hit_rate"] == theirs["prefix_hit_rate"]
     assert ours["ttft_ms"]["p99"] > 1_000, "nobody queued: the order did not matter"
-
-
-def expected(example: Path) -> str:
-    return (EXAMPLES / "expected" / f"{example.name}.out").read_text()
 
 
 def readme() -> str:
