@@ -185,9 +185,9 @@ class ClusterRules(RuleBasedStateMachine):
         if instance_id in self.states:
             self.restarted_at[instance_id] = self.now
         self.states[instance_id] = "ready"
-        self.sizes[instance_id] = SIZES[size] * 16
+        self.sizes[instance_id] = SIZES[size] * 16 - 1
         self.last_report.pop(instance_id, None)
-        self.largest = max(self.largest or 0, SIZES[size] * 16)
+        self.largest = max(self.largest or 0, SIZES[size] * 16 - 1)
         held = [known for known in self.open.values() if known.held_until is not None]
         due = [known for known in held if self.candidates(known) or known.request.num_prompt_tokens > self.largest]
         order = [

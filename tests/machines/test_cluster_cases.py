@@ -81,11 +81,11 @@ def test_a_prompt_that_fits_nowhere_is_refused_with_the_numbers():
     assert isinstance(cluster.feed(arrived("fits", 999))[0], Dispatch)
 
 
-def test_a_prompt_longer_than_all_blocks_of_the_largest_instance_is_refused():
+def test_a_prompt_that_leaves_no_slot_on_the_largest_instance_is_refused():
     cluster = Cluster()
     cluster.feed(started(A, num_blocks=10))
-    assert cluster.feed(arrived(num_prompt_tokens=161))[0].status == 400
-    assert isinstance(cluster.feed(arrived("fits", 160))[0], Dispatch)
+    assert cluster.feed(arrived(num_prompt_tokens=160))[0].status == 400
+    assert isinstance(cluster.feed(arrived("fits", 159))[0], Dispatch)
 
 
 def test_a_long_prompt_goes_only_where_it_fits():

@@ -21,7 +21,7 @@ from rota.serving.instance.machine import InstanceMachine, InstanceStatistics
 from rota.serving.model.commands import InstanceCommand, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
-from rota.serving.model.request import Request, RequestId
+from rota.serving.model.request import Request, RequestId, TenantId
 from rota.serving.sim.ground_truth import GroundTruth
 from rota.serving.sim.instance import RANK_ARRIVAL, SequenceState, SimulatedInstance
 from rota.serving.stack import EnginePolicies
@@ -436,3 +436,30 @@ def _check_end(job: Job, end: End | None, machine: AuditedInstance) -> None:
         given = machine.num_output_tokens[request.id]
         if not owed == given == end.num_output_tokens:
             raise LawBroken(f"law 2: {request.id} got {given} tokens by the commands, {end} in all; it has {owed}")
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def seeded_arrivals(
+    seed: int, num_requests: int, mean_gap: Duration, *, start: Instant = Instant(0), block_size: int = 4
+) -> list[tuple[Request, int]]:
+    """Requests with their true output lengths: bursts, three classes, two tenants, and prompts of three families that
+    begin alike."""
+    stream = RandomStreams(seed).stream("testing.arrivals")
+    arrivals = []
+    at = int(start)
+    for number in range(num_requests):
+        at += 0 if stream.random() < 0.3 else round(stream.exponential(mean_gap))
+        num_prompt, num_output, family = stream.integers(1, 48), stream.integers(1, 40), stream.integers(0, 3)
+        request = Request(
+            RequestId(f"r{number:03}"),
+            Instant(at),
+            num_prompt,
+            max_tokens=num_output + stream.integers(0, 10),
+            priority=stream.integers(0, 3),
+            tenant=TenantId(stream.choice(["a", "b"])),
+            block_hashes=tuple((family, block) for block in range(num_prompt // block_size)) if family else (),
+        )
+        arrivals.append((request, num_output))
+    return arrivals

@@ -159,6 +159,6 @@ class ClusterReading:
 
 
 def max_prompt_tokens(spec: InstanceSpec) -> int:
-    """The longest prompt that an instance can answer with at least one token, alone on it."""
+    """The longest prompt that an instance takes: one more token must fit beside it."""
     limits = spec.limits
-    return min(limits.max_model_len - 1, limits.num_blocks * limits.block_size)
+    return min(limits.max_model_len, limits.num_blocks * limits.block_size) - 1

@@ -89,6 +89,7 @@ class SimulatedCluster:
         self._incarnations = dict.fromkeys(self._specs, 0)
         self.sampler = Sampler(tuple(self._specs))
         self._on_ended = on_ended
+        self._faults = faults
         self.loop.add_machine(CLUSTER, build_cluster(config.stack, config.seed), self._carry_out)
         for spec in config.instances:
             self._start_instance(spec)
@@ -272,7 +273,12 @@ class SimulatedCluster:
         if instance is None:
             return
         instance.set_slowdown(fault.magnitude)
-        self.loop.call_at(after(now, fault.duration), lambda _: instance.set_slowdown(1.0), RANK_FAULT)
+
+        def recover(later: Instant) -> None:
+            other = self._faults.active("slow", fault.target, later)
+            instance.set_slowdown(1.0 if other is None else other.magnitude)
+
+        self.loop.call_at(after(now, fault.duration), recover, RANK_FAULT)
 
     def _leave(self, fault: Fault, now: Instant) -> None:
         request_id = RequestId(fault.target)
