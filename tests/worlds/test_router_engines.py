@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import openai
 import pytest
 
 from rota.base.errors import ConfigError, EngineError
@@ -18,6 +19,8 @@ from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.predictors.step_time.affine import AffineStepTime
 from rota.serving.stack import StackConfig
 from rota.testing.engine import check_engine
+from rota.testing.router import running_router
+from rota.testing.scripted import answers, engines_of, scripted
 
 STEP_TIME = AffineStepTime(base_ms=3.0, token_us=0.0, kv_token_ns=0.0, seq_us=0.0)
 LIMITS = InstanceLimits(num_blocks=1024)
@@ -87,6 +90,17 @@ async def test_a_servers_size_and_load_are_read_from_its_metrics() -> None:
         report = await under_test.engine.report()
         assert report is not None
         assert (report.num_running, report.num_free_blocks) == (0, 1024)
+
+
+@pytest.mark.asyncio
+async def test_only_vllm_is_sent_our_ids() -> None:
+    """llama-cpp-python answers an empty 400 to an id that is no UUID."""
+    async with scripted(answers) as servers:
+        engines = await engines_of(servers)
+        async with running_router(num_simulated=0, engines=engines) as running:
+            client = openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+            await client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": "hi"}])
+        assert b"x-request-id" not in servers[0].heads[0].lower()
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://host:99999", "http://host:x"])

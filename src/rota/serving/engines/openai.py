@@ -60,6 +60,8 @@ class OpenAIEngine:
         self._capabilities = capabilities
         self._timeout = probe_timeout_seconds
         self._calls: dict[RequestId, Call] = {}
+        self._is_vllm = False
+        """Whether its metrics are vLLM's; known once it was healthy."""
         self._status: EngineStatus | None = None
         self._health_path = "/health"
         self._reports = True
@@ -115,7 +117,11 @@ class OpenAIEngine:
         request_id = call.request.id
         # The dictionary must know the call before its end can be reported.
         passing = _Passing(self._calls, request_id, sink)
-        self._calls[request_id] = self.client.send("POST", call.path, call.headers, call.body, passing)
+        headers = call.headers
+        if not self._is_vllm:
+            # Some servers refuse a request whose id is no UUID (llama-cpp-python answers an empty 400). vLLM takes any.
+            headers = [header for header in headers if header[0] != b"x-request-id"]
+        self._calls[request_id] = self.client.send("POST", call.path, headers, call.body, passing)
 
     def abort(self, request_id: RequestId) -> None:
         call = self._calls.pop(request_id, None)
@@ -150,6 +156,7 @@ class OpenAIEngine:
         else:
             self._reports = True
             config = _CACHE_CONFIG.search(text)
+            self._is_vllm = config is not None
             labels = dict(_LABEL.findall(config.group(1))) if config else {}
             num_blocks = _whole(labels.get(b"num_gpu_blocks")) or num_blocks
             block_size = _whole(labels.get(b"block_size")) or block_size
