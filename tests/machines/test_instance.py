@@ -217,6 +217,7 @@ def test_a_planted_bug_is_found(monkeypatch, bug):
         stateful_step_count=30,
         deadline=None,
         database=None,
+        derandomize=True,
         phases=[Phase.generate],
         report_multiple_bugs=False,
     )
