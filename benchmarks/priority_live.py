@@ -117,6 +117,7 @@ def digest(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return {
         "num_requests": report["num_requests"],
         "num_finished": report["num_finished"],
+        "num_high": high["num_requests"],
         "output_tokens_per_second": report["output_tokens_per_second"],
         "span_seconds": report["span_seconds"],
         "high_ttft_ms": high["ttft_ms"],
