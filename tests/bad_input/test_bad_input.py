@@ -105,6 +105,20 @@ FLAGS = [
         "an unknown setting of vLLM", "serve --engine-option max_seqs=3", "--engine-option: unknown setting 'max_seqs'"
     ),
     Case("vLLM's own policy that it has not", "serve --stock sjf", "--stock: "),
+    Case(
+        "a batch policy that vLLM cannot host",
+        "serve --stack s.toml",
+        "batch policy 'prefill_first' needs admit_before_running",
+        "s.toml",
+        'batch = "prefill_first"\n',
+    ),
+    Case(
+        "victims that vLLM cannot choose",
+        "serve --stack s.toml",
+        "RecomputeLast",
+        "s.toml",
+        'order = "strict_priority"\nmemory = "recompute_last"\n',
+    ),
     Case("a setting of vLLM without a value", "serve --engine-option max_num_seqs", "--engine-option: "),
 ]
 

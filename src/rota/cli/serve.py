@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rota.serving.assemble import System, SystemConfig
     from rota.serving.engines.engine import Engine
     from rota.serving.frontdoor.serve import Router
+    from rota.serving.stack import StackConfig
 
 VLLM, SIMULATED = "vllm", "simulated"
 STOCK = ("fcfs", "priority")
@@ -160,6 +161,8 @@ def _run(
     config = SystemConfig(stack=stack, seed=seed, is_leaping=False)
     if kind == SIMULATED:
         config = _with_simulated(config, num_instances, profile)
+    if kind == VLLM and stock is None:
+        _refuse_what_vllm_cannot_host(stack)
     system = build(config)
     journal = None
     if journal_path is not None:
@@ -191,6 +194,15 @@ def _run(
         if journal is not None:
             journal.close()
     say("stopped")
+
+
+def _refuse_what_vllm_cannot_host(stack: "StackConfig") -> None:
+    """Each engine would refuse such a stack when it starts; here it costs no start."""
+    from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES, check_hostable
+    from rota.serving.stack import engine_policies
+
+    policies = engine_policies(stack, VLLM_CAPABILITIES, "vLLM 0.32")
+    check_hostable(policies.order, policies.batch, policies.memory)
 
 
 def _announce(router: "Router", json: bool) -> None:
