@@ -33,6 +33,9 @@ check: $(INSTALLED) ## Lint, types, import contracts and the fast tests; under f
 test: check ## Everything CI runs: `check`, then the slow and the live tests
 	$(BIN)/pytest -q -m "live or slow"
 
+truth: $(INSTALLED) ## What the simulator says beside what is true, with errors and bounds; fails where a bound is missed
+	$(BIN)/python -m benchmarks.truth
+
 bench: $(INSTALLED) ## Speed beside a peer in the same run; results as JSON
 	$(BIN)/python benchmarks/simulator_speed.py
 	$(BIN)/python benchmarks/router_overhead.py
@@ -40,4 +43,4 @@ bench: $(INSTALLED) ## Speed beside a peer in the same run; results as JSON
 clean: ## Remove what was built; keeps the model
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install serve check test bench clean
+.PHONY: help install serve check test truth bench clean

@@ -1,0 +1,1 @@
+"""What the simulator says beside what is true: `python -m benchmarks.truth`, or `make truth`."""
