@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rota import __version__
-from rota.base.instant import Instant
+from rota.base.instant import Duration, Instant
 from rota.base.journal import Journal
 from rota.base.random_streams import RandomStreams
 from rota.serving.assemble import SystemConfig, header_of
 from rota.serving.metrics.definitions import RequestRecord, Samples
 from rota.serving.metrics.summary import RunFacts, Summary, summarize
-from rota.serving.model.instance import InstanceId, InstanceSpec
+from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.model.request import SLO, Request
 from rota.serving.predictors.step_time.profiles import load_profile
 from rota.serving.sim.cluster import EngineKind, SimulatedCluster, WorldOptions
 from rota.serving.stack import StackConfig
-from rota.serving.workload.arrivals import to_request
+from rota.serving.workload.arrivals import Arrival, to_request
 from rota.serving.workload.formats import read_trace
-from rota.serving.workload.retiming import take, with_poisson
+from rota.serving.workload.generator import SyntheticWorkload, generate
+from rota.serving.workload.resampling import resample_blocks
+from rota.serving.workload.retiming import scale_rate, take, with_poisson
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,14 @@ class SimulationConfig:
     """Requests per second: replaces the trace's instants by a Poisson process."""
     slo: SLO = SLO()
     engine: EngineKind = "model"
+    speedup: float = 1.0
+    """The trace's own arrivals, so many times as fast."""
+    resample_block: Duration | None = None
+    """Draw another trace of the same kind, from blocks of so many nanoseconds; before it is sped up."""
+    workload: SyntheticWorkload | None = None
+    """Drawn in place of reading `trace`, which then only names it."""
+    limits: InstanceLimits | None = None
+    """In place of the profile's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,7 @@ class SimulationResult:
 
 def system_config(config: SimulationConfig) -> SystemConfig:
     """The machines of this run."""
-    limits = load_profile(config.profile).instance_limits()
+    limits = limits_of(config)
     width = len(str(max(config.num_instances - 1, 0)))
     return SystemConfig(
         stack=config.stack,
@@ -63,16 +73,29 @@ def system_config(config: SimulationConfig) -> SystemConfig:
     )
 
 
-def requests(config: SimulationConfig) -> Iterator[tuple[Request, int]]:
-    """The trace as requests with their true output lengths, one at a time. Raises `DataError` at the first bad row."""
-    limits = load_profile(config.profile).instance_limits()
+def limits_of(config: SimulationConfig) -> InstanceLimits:
+    """What bounds the steps of every instance of this run."""
+    return load_profile(config.profile).instance_limits() if config.limits is None else config.limits
+
+
+def arrivals_of(config: SimulationConfig) -> Iterator[Arrival]:
+    """The trace of this run, cut, drawn anew and retimed as asked; each draw from a stream of its own."""
     streams = RandomStreams(config.seed)
-    arrivals = read_trace(config.trace, streams)
-    if config.num_requests is not None:
-        arrivals = take(arrivals, config.num_requests)
+    read = read_trace(config.trace, streams) if config.workload is None else generate(config.workload, streams)
+    arrivals = read if config.num_requests is None else take(read, config.num_requests)
+    if config.resample_block is not None:
+        arrivals = resample_blocks(arrivals, config.resample_block, streams.stream("resample"))
+    if config.speedup != 1.0:
+        arrivals = scale_rate(arrivals, config.speedup)
     if config.rate is not None:
         arrivals = with_poisson(arrivals, config.rate, streams.stream("arrivals"))
-    for number, arrival in enumerate(arrivals):
+    return arrivals
+
+
+def requests(config: SimulationConfig) -> Iterator[tuple[Request, int]]:
+    """The trace as requests with their true output lengths, one at a time. Raises `DataError` at the first bad row."""
+    limits = limits_of(config)
+    for number, arrival in enumerate(arrivals_of(config)):
         yield to_request(
             arrival,
             f"r-{number}",
