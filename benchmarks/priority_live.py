@@ -113,7 +113,8 @@ def read_object(process: "subprocess.Popen[str]") -> str:
 def digest(report: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The figures that the question is about."""
     high, low = report["by_class"]["high"], report["by_class"]["low"]
-    facts = [json.loads(line) for path in run_dir.glob("*.facts.jsonl") for line in path.read_text().splitlines()]
+    lines = [line for path in run_dir.glob("*.facts.jsonl") for line in path.read_text().splitlines()]
+    facts = [row for row in map(json.loads, lines) if "step" in row]
     return {
         "num_requests": report["num_requests"],
         "num_finished": report["num_finished"],

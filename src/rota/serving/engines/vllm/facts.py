@@ -7,9 +7,23 @@ from typing import Any, BinaryIO
 import msgspec
 
 from rota.base.errors import ConfigError
+from rota.serving.model.instance import InstanceLimits
 
 FLUSH_EVERY_NS = 500_000_000
 MAX_BYTES = 64 * 1024 * 1024
+
+_ENGINE_TAG = b'{"engine":'
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What an engine says of itself: a line of its own at the head of a facts file, and again after a restart."""
+
+    engine: str
+    """Name and version."""
+    model: str
+    device: str
+    dtype: str
+    limits: InstanceLimits
 
 
 class StepRecord(msgspec.Struct, frozen=True):
@@ -44,16 +58,20 @@ class StepRecord(msgspec.Struct, frozen=True):
     num_preempted: int
     """Because memory ran out; displaced ones not counted."""
     num_finished: int
+    cpu_ns: int | None = None
+    """CPU time of the processes that compute, within `step_ns`; None where it is not known."""
 
 
 class FactsFile:
     """Appends step records to a file, buffered. At `max_bytes` the file moves to `<name>.1`, replacing the one before,
     so that the two together never pass twice that size."""
 
-    def __init__(self, path: str | Path, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, path: str | Path, *, max_bytes: int = MAX_BYTES, engine: EngineFacts | None = None) -> None:
+        """`engine` is written at the head of every file."""
         self.path = Path(path)
         self._max_bytes = max_bytes
         self._encoder = msgspec.json.Encoder()
+        self._head = b"" if engine is None else self._encoder.encode(engine) + b"\n"
         self._lines: list[bytes] = []
         self._flushed_at = monotonic_ns()
         self._file, self._num_bytes = self._open()
@@ -88,10 +106,18 @@ class FactsFile:
             file = self.path.open("ab")
         except OSError as error:
             raise ConfigError(f"facts: {self.path} cannot be written: {error.strerror}") from None
+        file.write(self._head)
+        file.flush()
         return file, file.tell()
 
 
 def read_facts(path: str | Path) -> list[StepRecord]:
     """The records of a facts file, oldest first; a last line that is still being written is left out."""
     lines = Path(path).read_bytes().split(b"\n")[:-1]
-    return [msgspec.json.decode(line, type=StepRecord) for line in lines]
+    return [msgspec.json.decode(line, type=StepRecord) for line in lines if not line.startswith(_ENGINE_TAG)]
+
+
+def read_engine(path: str | Path) -> EngineFacts | None:
+    """What the engine said of itself when it was started last; None if the file does not hold that."""
+    lines = [line for line in Path(path).read_bytes().split(b"\n")[:-1] if line.startswith(_ENGINE_TAG)]
+    return msgspec.json.decode(lines[-1], type=EngineFacts) if lines else None

@@ -26,7 +26,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from rota.base.errors import CapabilityError, ConfigError
 from rota.base.instant import Instant
 from rota.serving.api import BatchPolicy, MemoryPolicy, OnRefusal, OrderPolicy, Pool, Refusal, SequenceView
-from rota.serving.engines.vllm.facts import FactsFile, StepRecord
+from rota.serving.engines.vllm.cpu_clock import WorkerCpuClock
+from rota.serving.engines.vllm.facts import EngineFacts, FactsFile, StepRecord
 from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES, check_hostable
 from rota.serving.engines.vllm.queue import PolicyQueue
 from rota.serving.engines.vllm.recorder import StepJournal
@@ -65,6 +66,8 @@ class _Step(msgspec.Struct):
     num_displaced: int
     num_preempted: int
     record: dict[str, Any] | None
+    cpu_at: int | None
+    """What the workers' CPU clock showed."""
 
 
 class RotaScheduling(_Base):
@@ -101,7 +104,8 @@ class RotaScheduling(_Base):
         self._rota_preempted: list[str] = []
         self._rota_in_flight: deque[_Step] = deque()
         self._rota_num_steps = 0
-        self._rota_facts = FactsFile(config.facts) if config.facts else None
+        self._rota_facts = FactsFile(config.facts, engine=_engine_facts(self)) if config.facts else None
+        self._rota_cpu_clock = WorkerCpuClock()
         self._rota_journal = None
         if config.journal:
             if isinstance(self, AsyncScheduler):
@@ -178,7 +182,8 @@ class RotaScheduling(_Base):
         decision_ns += time.perf_counter_ns() - begun + queue.decision_ns
         requests = [self.requests[request_id] for request_id in grants]
         num_preempted = len(preempted) - num_displaced
-        step = _Step(started, decision_ns, self._rota_num_steps, requests, num_displaced, num_preempted, record)
+        cpu_at = None if record is None else self._rota_cpu_clock.now()
+        step = _Step(started, decision_ns, self._rota_num_steps, requests, num_displaced, num_preempted, record, cpu_at)
         self._rota_in_flight.append(step)
         return output
 
@@ -193,6 +198,7 @@ class RotaScheduling(_Base):
         if step.requests and self._rota_journal is not None:
             self._rota_journal.finished(step.step_id, finished, self.rota_clock())
         if step.record is not None and self._rota_facts is not None:
+            cpu_at = self._rota_cpu_clock.now()
             self._rota_facts.append(
                 StepRecord(
                     step=step.step_id,
@@ -203,6 +209,7 @@ class RotaScheduling(_Base):
                     num_displaced=step.num_displaced,
                     num_preempted=step.num_preempted,
                     num_finished=len(finished),
+                    cpu_ns=None if cpu_at is None or step.cpu_at is None else cpu_at - step.cpu_at,
                     **step.record,
                 )
             )
@@ -357,6 +364,19 @@ def read_config(additional_config: Any) -> PluginConfig:
         raise ConfigError(
             f"--additional-config: rota: {error}", hint=f"keys are {', '.join(PluginConfig.__struct_fields__)}"
         ) from None
+
+
+def _engine_facts(scheduler: Any) -> EngineFacts:
+    from vllm import __version__
+
+    config = scheduler.vllm_config
+    return EngineFacts(
+        engine=f"vLLM {__version__}",
+        model=str(config.model_config.served_model_name or config.model_config.model),
+        device=str(config.device_config.device_type),
+        dtype=str(config.model_config.dtype).removeprefix("torch."),
+        limits=limits_of(scheduler),
+    )
 
 
 def _load_policies(path: str | None) -> Any:
