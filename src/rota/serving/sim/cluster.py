@@ -43,6 +43,9 @@ class WorldOptions:
 
     step_overhead: Duration = Duration(0)
     """Between two steps of an engine."""
+    front_end: Duration = Duration(0)
+    """Between a client and an engine's steps, both ways together. The same for all, so it shifts what clients see and
+    nothing that is decided."""
     report_interval: Duration = seconds(1)
     """Between two load reports of an instance; 0 for none."""
     report_delay: Duration = milliseconds(50)
@@ -175,13 +178,17 @@ class SimulatedCluster:
         entry = self._open.pop(request_id)
         self._truth.forget(request_id)
         request = entry.request
+        first_token_at = entry.first_token_at
+        if first_token_at is not None:
+            first_token_at = after(first_token_at, self._options.front_end)
+            at = after(at, self._options.front_end)
         self.records.append(
             RequestRecord(
                 id=request_id,
                 tenant=request.tenant,
                 priority=request.priority,
                 arrived_at=request.arrived_at,
-                first_token_at=entry.first_token_at,
+                first_token_at=first_token_at,
                 finished_at=at,
                 num_prompt_tokens=request.num_prompt_tokens,
                 num_output_tokens=num_output_tokens,

@@ -124,7 +124,7 @@ def simulate(
         system,
         requests(config),
         profile.predictor(),
-        WorldOptions(step_overhead=profile.step_overhead()),
+        WorldOptions(step_overhead=profile.step_overhead(), front_end=profile.front_end()),
         journal=journal,
         engine=config.engine,
         on_ended=None if on_progress is None else lambda num_ended, _: on_progress(num_ended),

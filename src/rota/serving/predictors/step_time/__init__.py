@@ -7,6 +7,7 @@ STEP_TIMES = Registry(
     "step_time",
     {
         "affine": "rota.serving.predictors.step_time.affine:AffineStepTime",
+        "calibrated": "rota.serving.predictors.step_time.calibrated:CalibratedStepTime",
         "grid": "rota.serving.predictors.step_time.grid:GridStepTime",
     },
     entry_point_group="rota.step_times",

@@ -12,10 +12,13 @@ from rota.base.instant import Duration, milliseconds
 from rota.base.nearest import did_you_mean
 from rota.serving.api import InstanceLimits, StepTimePredictor
 from rota.serving.predictors.step_time import STEP_TIMES
+from rota.serving.predictors.step_time.fitted import Calibration
 
 DEFAULT_PROFILE = "llama-3.1-8b-a100"
 
 SHIPPED = files("rota") / "data" / "profiles"
+
+_MAY_BE_ZERO = ("watermark_blocks", "long_prefill_token_threshold")
 
 
 class StepTimeChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,12 +36,17 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int = 131_072
+    enable_prefix_caching: bool = True
+    watermark_blocks: int = 0
+    long_prefill_token_threshold: int = 0
+    reserve_full_prompt: bool = True
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            least = 0 if isinstance(value, bool) or name in _MAY_BE_ZERO else 1
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,11 +59,16 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: Limits
     step_overhead_ms: float = 0.0
     """What the engine spends between two forward passes."""
+    front_end_ms: float = 0.0
+    """What lies between a client and the engine's steps, both ways together: part of every TTFT and E2E."""
     tensor_parallel: int = 1
+    calibration: Calibration | None = None
+    """Where the step times were fitted to a live engine."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.step_overhead_ms < 1e6:
-            raise ValueError(f"step_overhead_ms must be at least 0, got {self.step_overhead_ms}")
+        for name in ("step_overhead_ms", "front_end_ms"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     def predictor(self) -> StepTimePredictor:
         """A new predictor of this profile's step times. Raises `ConfigError` or `DataError` if it cannot be built."""
@@ -66,9 +79,29 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Between two forward passes of the engine."""
         return milliseconds(self.step_overhead_ms)
 
+    def front_end(self) -> Duration:
+        """Between a client and the engine's steps, both ways together."""
+        return milliseconds(self.front_end_ms)
+
     def instance_limits(self) -> InstanceLimits:
         """The limits as instances take them."""
         return InstanceLimits(**msgspec.structs.asdict(self.limits))
+
+    def capacity_differences(self, limits: InstanceLimits | None = None) -> list[str]:
+        """Where `limits` (those of the profile if None) differ from those of the engine whose steps were timed: wrong
+        capacity is the commonest cause of wrong simulations. One line each; none where all agree.
+
+        A profile that was not calibrated is held against its own limits.
+        """
+        used = self.instance_limits() if limits is None else limits
+        known, whose = self.instance_limits(), "the profile says"
+        if self.calibration is not None and self.calibration.limits is not None:
+            known, whose = self.calibration.limits, f"the engine that was calibrated ({self.calibration.engine}) has"
+        return [
+            f"{name} is {getattr(used, name)} here, and {whose} {getattr(known, name)}"
+            for name in known.__struct_fields__
+            if getattr(used, name) != getattr(known, name)
+        ]
 
 
 def profile_names() -> list[str]:
