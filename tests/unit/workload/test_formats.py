@@ -4,18 +4,23 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.workload.samples import AGENTS, SHAREGPT, SHAREGPT_LENGTHS
 
 from rota.base.errors import ConfigError, DataError
 from rota.base.instant import Duration
 from rota.base.random_streams import RandomStreams
-from rota.serving.model.request import TenantId
+from rota.serving.model.request import TenantId, shared_prefix_blocks
 from rota.serving.workload.arrivals import Arrival
-from rota.serving.workload.formats import FORMATS, read_trace, recognise
+from rota.serving.workload.formats import FORMATS, read_trace, recognise, spot
+from rota.serving.workload.formats.agents import AgentsFormat
 from rota.serving.workload.formats.azure import AzureFormat
+from rota.serving.workload.formats.burstgpt import BurstgptFormat
 from rota.serving.workload.formats.mooncake import MooncakeFormat
+from rota.serving.workload.formats.rota import RotaFormat
 from rota.testing.formats import check_format
 
 AZURE_HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
@@ -49,6 +54,36 @@ def traces(draw: st.DrawFn, unit: int, prefixes: bool) -> list[Arrival]:
     return rows
 
 
+@st.composite
+def programs(draw: st.DrawFn) -> list[Arrival]:
+    """Open rows in order, each followed by rows that wait for any of those since."""
+    at, rows = 0, []
+    for _ in range(draw(st.integers(1, 4))):
+        at += draw(st.integers(0, 10**12))
+        names: list[str] = []
+        for number in range(draw(st.integers(1, 4))):
+            after = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)) if names else []
+            prefix = draw(st.lists(st.integers(0, 2**64 - 1), max_size=4))
+            rows.append(
+                Arrival(
+                    Duration(at + number),
+                    draw(st.integers(64, 5000)),
+                    draw(st.integers(1, 2**31 - 1)),
+                    tuple(prefix),
+                    16,
+                    session=draw(st.none() | st.sampled_from(["s", "ü"])),
+                    tenant=TenantId(draw(st.sampled_from(["default", "a"]))),
+                    priority=draw(st.integers(-9, 9)),
+                    program=draw(st.none() | st.just("p")),
+                    id=str(number),
+                    after=tuple(after),
+                    gap=Duration(draw(st.integers(0, 10**12)) if after else 0),
+                )
+            )
+            names.append(str(number))
+    return rows
+
+
 @settings(max_examples=20, deadline=None)
 @given(traces(unit=7, prefixes=False))
 def test_azure_conforms(sample: list[Arrival]) -> None:
@@ -59,6 +94,123 @@ def test_azure_conforms(sample: list[Arrival]) -> None:
 @given(traces(unit=1_000_000, prefixes=True))
 def test_mooncake_conforms(sample: list[Arrival]) -> None:
     check_format(MooncakeFormat(), MooncakeFormat(), sample)
+
+
+@settings(max_examples=20, deadline=None)
+@given(traces(unit=7, prefixes=False), st.data())
+def test_burstgpt_conforms(sample: list[Arrival], data: st.DataObject) -> None:
+    sessions = st.none() | st.text(min_size=1, alphabet="abc-ü 7")
+    sample = [msgspec.structs.replace(arrival, session=data.draw(sessions)) for arrival in sample]
+    check_format(BurstgptFormat(), BurstgptFormat(), sample)
+
+
+@settings(max_examples=20, deadline=None)
+@given(traces(unit=7, prefixes=True))
+def test_rota_conforms(sample: list[Arrival]) -> None:
+    check_format(RotaFormat(), RotaFormat(), sample)
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs())
+def test_rota_holds_everything(tmp_path_factory: pytest.TempPathFactory, sample: list[Arrival]) -> None:
+    path = tmp_path_factory.mktemp("rota") / "trace"
+    assert RotaFormat().write(path, sample) == len(sample)
+    assert list(read_trace(path, RandomStreams(0))) == sample
+
+
+@pytest.mark.parametrize("text", [AGENTS, SHAREGPT, SHAREGPT_LENGTHS])
+def test_a_trace_of_sessions_goes_through_rota_unchanged(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(text)
+    rows = list(read_trace(path, RandomStreams(0)))
+    RotaFormat().write(path, rows)
+    assert list(read_trace(path, RandomStreams(1))) == rows
+
+
+def test_agents_go_out_and_in(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text(AGENTS)
+    rows = list(read_trace(path, RandomStreams(0)))
+    assert [row.after for row in rows] == [(), ("0",), (), ("0",)]
+    assert [row.gap for row in rows] == [0, 2_334_000_000, 0, 3_681_000_000]
+    assert [row.at for row in rows] == [0, 2_334_000_000, 0, 3_681_000_000]
+    assert shared_prefix_blocks(rows[0].prefix_hashes, rows[1].prefix_hashes) == 1257 // 16
+    assert shared_prefix_blocks(rows[1].prefix_hashes, rows[2].prefix_hashes) == 0
+    AgentsFormat().write(path, rows)
+    assert list(read_trace(path, RandomStreams(0))) == rows
+
+
+def test_turns_of_sharegpt_share_their_history_and_wait_for_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text(SHAREGPT)
+    first, second, other = read_trace(path, RandomStreams(0))
+    assert (first.num_prompt_tokens, first.num_output_tokens) == (9, 14)
+    assert (second.num_prompt_tokens, second.num_output_tokens) == (9 + 14 + 2, 4)
+    assert second.after == (first.id,) and second.gap > 0 and not other.after
+    assert second.prefix_hashes[: len(first.prefix_hashes)] == first.prefix_hashes
+    assert not set(other.prefix_hashes) & set(second.prefix_hashes)
+    assert (first.session, other.session) == ("a", "b")
+
+
+AZURE_LINES = (
+    "2023-11-16 18:15:46.6805900,374,44",
+    "2023-11-16 18:15:46,1,1",
+    "2023-11-16 18:59:59.999999999,2147483647,1",
+    "2024-02-29 00:00:00.5,7,7",
+    "2023-02-29 00:00:00.5,7,7",
+    "2023-11-16 18:60:00,7,7",
+    "2023-11-16 18:15:61,7,7",
+    "2023-11-16 18:15:46Z,7,7",
+    "2023-11-16 18:15:46+00:00,7,7",
+    "2023-11-16 18:15:46,0,7",
+    "2023-11-16 18:15:46,007,7",
+    "2023-11-16 18:15:46,2147483648,7",
+    "",
+    "x",
+)
+MOONCAKE_LINES = (
+    '{"timestamp": 5, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}',
+    '{"timestamp": 5, "input_length": 600, "output_length": 5, "hash_ids": [1,2]}',
+    '{"timestamp": 6, "input_length": 1, "output_length": 5, "hash_ids": [9007199254740991]}',
+    '{"timestamp": 7, "input_length": 1, "output_length": 5, "hash_ids": [9007199254740992]}',
+    '{"timestamp": 7, "input_length": 600, "output_length": 5, "hash_ids": [1]}',
+    '{"timestamp": 7, "input_length": 600, "output_length": 5, "hash_ids": [1, 02]}',
+    '{"timestamp": 7, "input_length": 1, "output_length": 5, "hash_ids": [1,]}',
+    '{"timestamp": 7, "input_length": 1, "output_length": 5, "hash_ids": [1], "tenant": "a"}',
+    '{"output_length": 5, "timestamp": 9, "input_length": 1, "hash_ids": [1]}',
+    '{"timestamp": 7, "input_length": 2147483648, "output_length": 5, "hash_ids": [1]}',
+    "",
+    "x",
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "lines"), [(AZURE_HEAD + AZURE_ROW + "\n", AZURE_LINES), ("", MOONCAKE_LINES)], ids=["azure", "mooncake"]
+)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_block_taken_at_once_gives_what_its_lines_give(
+    tmp_path_factory: pytest.TempPathFactory, head: str, lines: tuple[str, ...], data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("blocks") / "trace"
+    rows = data.draw(st.lists(st.sampled_from(lines), min_size=1, max_size=4))
+    end = data.draw(st.sampled_from(["\n", "\r\n"]))
+    path.write_text(head + end.join(rows) + data.draw(st.sampled_from(["", end])), newline="")
+    name = "azure" if head else "mooncake"
+    outcomes = []
+    for num_bytes in (1, 16 * 1024):  # of the first block: a line at a time, or all lines
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(spot, "FIRST_BLOCK_BYTES", num_bytes)
+            patch.setattr(spot, "BLOCK_BYTES", num_bytes)
+            if num_bytes == 1:
+                patch.setattr(f"rota.serving.workload.formats.{name}._Reading.at_once", lambda *_: None)
+            got: list[object] = []
+            try:
+                got.extend(read_trace(path, RandomStreams(0), format_name=name))
+            except DataError as error:
+                got.append(error.message)
+        outcomes.append(got)
+    assert outcomes[0] == outcomes[1]
 
 
 def bad_azure(row: str) -> bytes:

@@ -1,6 +1,6 @@
 """The same requests at other times: a trace cut short, sped up, or sent as a Poisson process."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import msgspec
@@ -17,19 +17,33 @@ def take(arrivals: Iterable[Arrival], count: int) -> Iterator[Arrival]:
 
 
 def scale_rate(arrivals: Iterable[Arrival], factor: float) -> Iterator[Arrival]:
-    """The same arrivals, `factor` times as many per second; 2.0 halves every gap."""
+    """The same arrivals, `factor` times as many open rows per second; 2.0 halves every gap between them. Rows that wait
+    move with what they wait for, after the same gaps: think time is not load."""
     _check_positive("factor", factor)
-    for arrival in arrivals:
-        yield msgspec.structs.replace(arrival, at=Duration(round(arrival.at / factor)))
+    return _retimed(arrivals, lambda at: round(at / factor))
 
 
 def with_poisson(arrivals: Iterable[Arrival], rate: float, stream: Stream) -> Iterator[Arrival]:
-    """The same requests in the same order, arriving as a Poisson process of `rate` requests a second."""
+    """The same requests in the same order, their open rows arriving as a Poisson process of `rate` a second. Rows that
+    wait move with what they wait for."""
     _check_positive("rate", rate)
-    at = 0.0
+    now = 0.0
+
+    def drawn(_: int) -> int:
+        nonlocal now
+        now += stream.exponential(1.0 / rate)
+        return round(now * NANOSECONDS_PER_SECOND)
+
+    return _retimed(arrivals, drawn)
+
+
+def _retimed(arrivals: Iterable[Arrival], at_of: Callable[[int], int]) -> Iterator[Arrival]:
+    """The rows, an open one at what `at_of` makes of its instant."""
+    moved_by = 0
     for arrival in arrivals:
-        at += stream.exponential(1.0 / rate)
-        yield msgspec.structs.replace(arrival, at=Duration(round(at * NANOSECONDS_PER_SECOND)))
+        if not arrival.after:
+            moved_by = at_of(arrival.at) - arrival.at
+        yield msgspec.structs.replace(arrival, at=Duration(arrival.at + moved_by))
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -1,7 +1,7 @@
 """Trace formats: one file each, found by what a file holds and never by its name.
 
-A format is an object with `recognises`, `read` and, where it can hold any arrival, `write`. To add one: a file here, a
-line in `FORMATS`, and a test that calls `rota.testing.formats.check_format`.
+A format is an object with `recognises`, `read` and, where it can be written, `write`. To add one: a file here, a line
+in `FORMATS`, and a test that calls `rota.testing.formats.check_format`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +12,8 @@ from rota.base.errors import DataError
 from rota.base.random_streams import RandomStreams
 from rota.base.registry import Registry
 from rota.serving.workload.arrivals import Arrival
+from rota.serving.workload.formats.leniency import STRICT, Leniency
+from rota.serving.workload.formats.spot import read_head
 
 
 class TraceReader(Protocol):
@@ -44,8 +46,14 @@ class TraceWriter(Protocol):
 FORMATS = Registry(
     "format",
     {
+        "agents": "rota.serving.workload.formats.agents:AgentsFormat",
         "azure": "rota.serving.workload.formats.azure:AzureFormat",
+        "burstgpt": "rota.serving.workload.formats.burstgpt:BurstgptFormat",
+        "journal": "rota.serving.workload.formats.journal:JournalFormat",
         "mooncake": "rota.serving.workload.formats.mooncake:MooncakeFormat",
+        "rota": "rota.serving.workload.formats.rota:RotaFormat",
+        "sharegpt": "rota.serving.workload.formats.sharegpt:SharegptFormat",
+        "sharegpt_lengths": "rota.serving.workload.formats.sharegpt_lengths:SharegptLengthsFormat",
         "synthetic": "rota.serving.workload.formats.synthetic:SyntheticFormat",
     },
     entry_point_group="rota.formats",
@@ -54,17 +62,13 @@ FORMATS = Registry(
 _HEAD_BYTES = 64 * 1024
 
 
-def recognise(path: Path) -> TraceReader:
+def recognise(path: Path, leniency: Leniency = STRICT) -> TraceReader:
     """Which format a file is of, by its beginning. Raises `DataError` if it cannot be read or none claims it."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_HEAD_BYTES)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    raw = read_head(path, _HEAD_BYTES)
     if not raw.strip():
         raise DataError(f"{path}:1:1: the file is empty")
     head = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    readers: list[TraceReader] = [FORMATS.create(name) for name in FORMATS.names()]
+    readers = [reader_of(name, leniency) for name in FORMATS.names()]
     for reader in readers:
         if reader.recognises(head):
             return reader
@@ -72,7 +76,15 @@ def recognise(path: Path) -> TraceReader:
     raise DataError(f"{path}:1:1: not a trace of a known format", hint=known)
 
 
-def read_trace(path: Path, streams: RandomStreams, *, format_name: str | None = None) -> Iterator[Arrival]:
+def reader_of(name: str, leniency: Leniency = STRICT) -> TraceReader:
+    """A format by its name."""
+    reader: TraceReader = FORMATS.create(name, services={"leniency": leniency})
+    return reader
+
+
+def read_trace(
+    path: Path, streams: RandomStreams, *, format_name: str | None = None, leniency: Leniency = STRICT
+) -> Iterator[Arrival]:
     """Read a trace of a format that is named, or else recognised."""
-    reader: TraceReader = recognise(path) if format_name is None else FORMATS.create(format_name)
+    reader = recognise(path, leniency) if format_name is None else reader_of(format_name, leniency)
     return reader.read(path, streams)
