@@ -11,6 +11,7 @@ from rota.base.instant import NANOSECONDS_PER_SECOND, Duration
 from rota.base.random_streams import RandomStreams, Stream
 from rota.serving.model.request import DEFAULT_TENANT, SLO, TenantId
 from rota.serving.workload.arrivals import Arrival
+from rota.serving.workload.followers import refuse_waiting
 from rota.serving.workload.generator import Lengths, QuantileSampler
 
 T = TypeVar("T")
@@ -126,8 +127,8 @@ def from_trace(
     max_output_tokens: int | None = None,
 ) -> Iterator[Planned]:
     """The requests of a trace, `speedup` times as fast, with the trace's output length as `max_tokens`. Lengths beyond
-    the caps are cut to them, for a model with a short context."""
-    for index, arrival in enumerate(arrivals):
+    the caps are cut to them, for a model with a short context. Raises `DataError` at a row that waits for another."""
+    for index, arrival in enumerate(refuse_waiting(arrivals)):
         kind, tenant = mix.draw()
         yield Planned(
             index=index,

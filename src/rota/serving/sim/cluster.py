@@ -33,6 +33,9 @@ from rota.serving.stack import engine_policies
 EngineKind = Literal["model", "vllm"]
 """Who decides an instance's steps: our block-level model, or vLLM's scheduler object with our plug-in in it."""
 
+Followers = Callable[[RequestId, Instant], Iterable[tuple[Request, int]]]
+"""Requests, with their true output lengths, that come because one has ended, not before that instant."""
+
 RANK_REPORT = 2
 RANK_FAULT = 3
 
@@ -74,9 +77,11 @@ class SimulatedCluster:
         faults: FaultPlan = FaultPlan(),
         engine: EngineKind = "model",
         on_ended: Callable[[int, Instant], None] | None = None,
+        followers: Followers | None = None,
     ) -> None:
-        """`on_ended(number of requests ended, now)` is called now and then, for progress. Raises `ConfigError` for a
-        fault at an unknown instance."""
+        """`followers` says which requests come because one has ended, beside those of `arrivals`. `on_ended(number of
+        requests ended, now)` is called now and then, for progress. Raises `ConfigError` for a fault at an unknown
+        instance."""
         self.config = config
         self.records: list[RequestRecord] = []
         self._engine = engine
@@ -92,6 +97,7 @@ class SimulatedCluster:
         self._incarnations = dict.fromkeys(self._specs, 0)
         self.sampler = Sampler(tuple(self._specs))
         self._on_ended = on_ended
+        self._followers = followers
         self._faults = faults
         self.loop.add_machine(CLUSTER, build_cluster(config.stack, config.seed), self._carry_out)
         for spec in config.instances:
@@ -117,10 +123,14 @@ class SimulatedCluster:
         following = next(self._arrivals, None)
         if following is None:
             return
-        request, num_output_tokens = following
+        self._schedule_arrival(*following, is_open=True)
+
+    def _schedule_arrival(self, request: Request, num_output_tokens: int, *, is_open: bool) -> None:
+        """Have a request arrive at its instant; an open one brings the next open one after it."""
 
         def arrive(now: Instant) -> None:
-            self._schedule_next_arrival()
+            if is_open:
+                self._schedule_next_arrival()
             self._truth.add(request, num_output_tokens)
             self._open[request.id] = _Open(request)
             self.loop.deliver(CLUSTER, RequestArrived(request))
@@ -200,6 +210,9 @@ class SimulatedCluster:
                 num_preemptions=0 if sequence is None else sequence.num_preemptions,
             )
         )
+        if self._followers is not None:
+            for follower, num_tokens in self._followers(request_id, at):
+                self._schedule_arrival(follower, num_tokens, is_open=False)
         if self._on_ended is not None and len(self.records) % 256 == 0:
             self._on_ended(len(self.records), at)
 

@@ -19,6 +19,7 @@ from rota.serving.predictors.step_time.profiles import load_profile
 from rota.serving.sim.cluster import EngineKind, SimulatedCluster, WorldOptions
 from rota.serving.stack import StackConfig
 from rota.serving.workload.arrivals import Arrival, to_request
+from rota.serving.workload.followers import ArrivalFlow
 from rota.serving.workload.formats import read_trace
 from rota.serving.workload.generator import SyntheticWorkload, generate
 from rota.serving.workload.resampling import resample_blocks
@@ -92,18 +93,23 @@ def arrivals_of(config: SimulationConfig) -> Iterator[Arrival]:
     return arrivals
 
 
-def requests(config: SimulationConfig) -> Iterator[tuple[Request, int]]:
-    """The trace as requests with their true output lengths, one at a time. Raises `DataError` at the first bad row."""
+def arrival_flow(config: SimulationConfig) -> ArrivalFlow:
+    """The trace as requests with their true output lengths: open ones by iterating, others as those they wait for end.
+    Raises `DataError` at the first bad row."""
     limits = limits_of(config)
-    for number, arrival in enumerate(arrivals_of(config)):
-        yield to_request(
+
+    def build(arrival: Arrival, number: int, at: Instant | None) -> tuple[Request, int]:
+        return to_request(
             arrival,
             f"r-{number}",
             Instant(0),
             max_model_len=limits.max_model_len,
             block_size=limits.block_size,
             slo=config.slo,
+            arrived_at=at,
         )
+
+    return ArrivalFlow(arrivals_of(config), build)
 
 
 def simulate(
@@ -120,14 +126,16 @@ def simulate(
     profile = load_profile(config.profile)
     header = header_of(system)
     journal = Journal(header, path=journal_path) if with_digest or journal_path is not None else None
+    flow = arrival_flow(config)
     cluster = SimulatedCluster(
         system,
-        requests(config),
+        flow,
         profile.predictor(),
         WorldOptions(step_overhead=profile.step_overhead(), front_end=profile.front_end()),
         journal=journal,
         engine=config.engine,
         on_ended=None if on_progress is None else lambda num_ended, _: on_progress(num_ended),
+        followers=flow.ended,
     )
     try:
         cluster.run()

@@ -9,6 +9,7 @@ from rota.base.errors import ConfigError
 from rota.base.instant import Duration
 from rota.base.random_streams import Stream
 from rota.serving.workload.arrivals import Arrival
+from rota.serving.workload.followers import refuse_waiting
 
 
 def resample_blocks(arrivals: Iterable[Arrival], block: Duration, stream: Stream) -> Iterator[Arrival]:
@@ -18,11 +19,12 @@ def resample_blocks(arrivals: Iterable[Arrival], block: Duration, stream: Stream
 
     Holds the whole trace in memory. A request that is drawn again is another request: its session and its prefixes get
     names of their own, shared only with those that are drawn for as many times, so that no copy finds the first one's
-    blocks in a cache. Raises `ConfigError` for a block that is not positive.
+    blocks in a cache. Raises `ConfigError` for a block that is not positive, `DataError` for a row that waits for
+    another: a block would cut its program in two.
     """
     if block <= 0:
         raise ConfigError(f"the block of a resampled trace must be longer than 0, not {block} ns")
-    recorded = list(arrivals)
+    recorded = list(refuse_waiting(arrivals))
     if not recorded:
         return
     at = [arrival.at for arrival in recorded]
