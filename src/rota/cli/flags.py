@@ -13,6 +13,10 @@ from rota.base.errors import ConfigError
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of every random draw.")]
 
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", metavar="N", min=1, help="Runs side by side; as many as there are cores.")
+]
+
 
 def positive(flag: str, value: float) -> float:
     """The value, if it is a finite number above 0."""
@@ -32,6 +36,13 @@ def at_least(flag: str, value: int, least: int) -> int:
     """The value, if it is not below `least`."""
     if value < least:
         raise ConfigError(f"{flag}: must be at least {least}, not {value}")
+    return value
+
+
+def between(flag: str, value: float, least: float, most: float) -> float:
+    """The value, if it lies between the two."""
+    if not least <= value <= most:
+        raise ConfigError(f"{flag}: must be from {least:g} to {most:g}, not {value:g}")
     return value
 
 

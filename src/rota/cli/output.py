@@ -141,6 +141,13 @@ class Progress:
             self._next_line_at = now + LINE_EVERY_SECONDS
             say(self._line(num_done, now - self._began_at))
 
+    def reached_of(self, num_done: int, total: int) -> None:
+        """As `reached`, where the total is known only now."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+        self.reached(num_done)
+
     def _line(self, num_done: int, elapsed: float) -> str:
         if self._total is None or not num_done:
             return f"{self._what}: {num_done:,} {self._unit}"

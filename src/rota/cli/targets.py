@@ -1,4 +1,4 @@
-"""Targets as the command line takes them: `ttft=500,tpot=50,e2e=10000`, in milliseconds."""
+"""Targets as the command line takes them: `ttft=500ms,tpot=50ms,e2e=10s`; a bare number is in milliseconds."""
 
 import math
 
@@ -8,6 +8,7 @@ from rota.base.nearest import did_you_mean
 from rota.serving.model.request import SLO
 
 _NAMES = ("ttft", "tpot", "e2e")
+_UNITS = {"ms": 1.0, "s": 1000.0, "": 1.0}
 
 
 def slo_of(flag: str, text: str | None) -> SLO:
@@ -21,9 +22,10 @@ def slo_of(flag: str, text: str | None) -> SLO:
             raise ConfigError(f"{flag}: unknown target {name!r}", hint=did_you_mean(name, _NAMES))
         if name in targets:
             raise ConfigError(f"{flag}: {name} is given twice")
+        digits = value.strip().rstrip("ms")
         try:
-            number = float(value)
-        except ValueError:
+            number = float(digits) * _UNITS[value.strip()[len(digits) :]]
+        except (KeyError, ValueError):
             number = math.nan
         if not 0 < number < math.inf:
             raise ConfigError(f"{flag}: {name} must be a number of milliseconds above 0, not {value!r}")

@@ -40,22 +40,35 @@ class Figure:
 Section = Text | Table | Figure
 
 _STYLE = """
-:root { color-scheme: light; }
+:root { color-scheme: light dark; --page: #fff; --ink: #1c2430; --soft: #5a6675; --line: #e3e7ec; --grid: #e8ecf0;
+  --strong: #cfd6de; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14181e; --ink: #e4e8ee; --soft: #9aa6b4; --line: #2a313b; --grid: #262d36; --strong: #46505d; }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 3rem; background: #fff; color: #1c2430;
+body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 3rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1.5rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid #e3e7ec; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 p { max-width: 46rem; margin: 0 0 .75rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eef1f4; }
-th { font-weight: 600; border-bottom: 2px solid #cfd6de; white-space: nowrap; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; border-bottom: 2px solid var(--strong); white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
-.caption, footer { color: #5a6675; font-size: .875rem; }
-.figure { min-height: 26rem; }
-footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid #e3e7ec; overflow-wrap: anywhere; }
+.caption, footer { color: var(--soft); font-size: .875rem; }
+.figure { min-height: 18rem; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 footer span { display: inline-block; margin-right: 1.5rem; }
+
+/* Figures have no ground of their own; their text and grid follow the page. */
+.js-plotly-plot :is([class$="tick"], .infolayer, .hoverlayer .legend) text { fill: var(--ink) !important; }
+.js-plotly-plot .gridlayer path { stroke: var(--grid) !important; }
+.js-plotly-plot .zerolinelayer path { stroke: var(--strong) !important; }
+.js-plotly-plot .hoverlayer .legend .bg { fill: var(--page) !important; stroke: var(--strong) !important; }
+.js-plotly-plot .modebar { background: none !important; }
+.js-plotly-plot .modebar-group { background: none !important; }
+.js-plotly-plot .modebar-btn path { fill: var(--soft) !important; }
 """
 
 
@@ -97,7 +110,7 @@ def _figure(section: Figure, *, is_first: bool) -> str:
         include_plotlyjs=is_first,
         config={"displaylogo": False, "responsive": True},
         default_width="100%",
-        default_height="26rem",
+        default_height=section.figure.layout.height or "26rem",
     )
     return f'<div class="figure">{html}</div>{_caption(section.caption)}'
 

@@ -8,13 +8,14 @@ import msgspec
 from rota.base.instant import Instant, milliseconds, seconds
 from rota.base.provenance import provenance
 from rota.export.html import Figure, Table
+from rota.serving.metrics.charts import NUM_POINTS_MAX, latency_figure, load_figure
+from rota.serving.metrics.columns import by_class, columns_of
 from rota.serving.metrics.definitions import RequestRecord, Samples
+from rota.serving.metrics.load import load_over_time
 from rota.serving.metrics.report import (
     NUM_INSTANCES_MAX,
-    NUM_POINTS_MAX,
     instance_rows,
-    latency_figure,
-    load_figure,
+    rates_figure,
     run_sections,
     write_run_report,
 )
@@ -82,16 +83,31 @@ def test_report_is_one_offline_page(tmp_path: Path) -> None:
 
 def test_figures_hold_what_happened() -> None:
     rows, _, samples = make(3000)
-    latency = latency_figure(rows)
-    assert len(latency.data) == 3 * 2
+    columns = columns_of(rows)
+    latency = latency_figure(by_class(columns))
+    assert [line.name for line in latency.data] == ["class 0"] * 3 + ["class 1"] * 3
     ttft = latency.data[0]
     assert (ttft.x[0], ttft.y[0], ttft.y[-1]) == (50.0, 0.0, 1.0)
-    assert max(ttft.x) <= 146 and len(ttft.x) <= NUM_POINTS_MAX
-    load = load_figure(samples, dict.fromkeys(samples, 100))
-    assert [line.name for line in load.data] == ["i0"] * 3 + ["i1"] * 3
-    assert [line.y[0] for line in load.data[:3]] == [1, 0, 0.75]
-    assert (load.data[0].x[0], load.data[0].x[-1]) == (0, 2999.9)
-    assert len(load.data[0].x) == NUM_POINTS_MAX
+    assert max(ttft.x) <= 146 and len(ttft.x) == NUM_POINTS_MAX
+    rates = rates_figure(columns)
+    assert [line.name for line in rates.data] == ["arrived", "in time"]
+    assert [round(line.y[0], 2) for line in rates.data] == [1.0, 0.9]
+    both = load_figure({"fleet": load_over_time(samples, dict.fromkeys(samples, 100))})
+    assert [line.y[-1] for line in both.data] == [3, 0, 0.75]
+    assert (both.data[0].x[0], both.data[0].x[-1]) == (0, 2999.9)
+
+
+def test_load_is_a_step_function_summed_over_instances() -> None:
+    second = 10**9
+    samples = {
+        InstanceId("a"): Samples([0, 4 * second], [1, 2], [5, 0], [10, 4]),
+        InstanceId("b"): Samples([2 * second], [7], [1], [0]),
+    }
+    load = load_over_time(samples, {InstanceId("a"): 10, InstanceId("b"): 10}, num_points=5)
+    assert load.seconds.tolist() == [0, 1, 2, 3, 4]
+    assert load.running.tolist() == [1, 1, 8, 8, 9]
+    assert load.waiting.tolist() == [5, 5, 6, 6, 1]
+    assert load.share_in_use.tolist() == [0, 0, 0.5, 0.5, 0.8]
 
 
 def test_of_many_instances_the_busiest_are_drawn_and_the_caption_says_so() -> None:

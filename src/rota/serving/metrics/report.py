@@ -7,21 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rota.base.instant import NANOSECONDS_PER_MILLISECOND, NANOSECONDS_PER_SECOND
+from rota.base.instant import NANOSECONDS_PER_SECOND
 from rota.export.html import Figure, Section, Table, Text, write_report
+from rota.serving.metrics.charts import latency_figure, line_figure, load_figure
+from rota.serving.metrics.columns import Columns, by_class, by_tenant, columns_of
 from rota.serving.metrics.definitions import RequestRecord, Samples
+from rota.serving.metrics.load import LoadOverTime, load_over_time
 from rota.serving.metrics.summary import ClassSummary, GroupSummary, Summary, TenantSummary
 from rota.serving.model.instance import InstanceId
 
 if TYPE_CHECKING:
     from rota.base.provenance import Provenance
 
-NUM_POINTS_MAX = 2000
-"""Of one line of a figure: more than a screen has pixels to show."""
 NUM_INSTANCES_MAX = 8
 """Lines of one figure; of more instances the busiest are drawn."""
 NUM_TENANTS_MAX = 50
 """Rows of the table of tenants; of more the ones with most requests are listed."""
+NUM_TENANTS_DRAWN = 6
+NUM_WINDOWS = 60
+"""Of the chart of rates: enough to see bursts, few enough that a window holds many requests."""
 
 
 def write_run_report(
@@ -61,9 +65,17 @@ def run_sections(
         sections.append(Table("Requests that did not finish", rows, "The 20 most frequent reasons."))
     if not records:
         return [*sections, Text("Figures", "No request ended, so there is nothing to draw.")]
+    columns = columns_of(records)
+    classes, tenants_drawn = by_class(columns), by_tenant(columns, NUM_TENANTS_DRAWN)
+    sections.append(Figure("How latencies spread", latency_figure({"all": columns}), _LATENCY_CAPTION))
+    if len(classes) > 1:
+        sections.append(Figure("How latencies spread, by class", latency_figure(classes), _CLASS_CAPTION))
+    if len(tenants_drawn) > 1:
+        caption = f"The {len(tenants_drawn)} tenants with most requests." if len(summary.by_tenant) > 6 else ""
+        sections.append(Figure("How latencies spread, by tenant", latency_figure(tenants_drawn), caption))
     sections += [
-        Figure("How latencies spread", latency_figure(records), "Share of requests at or below a latency."),
-        Figure("Load over time", load_figure(samples, num_blocks), _load_caption(samples)),
+        Figure("Load over time", load_figure(_loads(samples, num_blocks)), _load_caption(samples)),
+        Figure("What came and what was served in time", rates_figure(columns), _RATES_CAPTION),
     ]
     if len({record.instance_id for record in records}) > 1:
         sections.append(Table("By instance", instance_rows(records), "Where each request ran last."))
@@ -75,68 +87,25 @@ _CAPTION = (
     "request, those that were rejected, failed or aborted included."
 )
 _CLASS_CAPTION = "A lower number is a higher class."
+_LATENCY_CAPTION = "Share of requests at or below a latency."
+_RATES_CAPTION = (
+    "Requests a second, by when they arrived: all, and those that met every target; where there are no targets, those "
+    "that finished."
+)
 
 
-def latency_figure(records: Sequence[RequestRecord]) -> Any:
-    """Cumulative shares of TTFT, TPOT and E2E side by side, one line for each class."""
-    from plotly.subplots import make_subplots
-
-    names = ("ttft", "tpot", "e2e")
-    figure = make_subplots(rows=1, cols=3, subplot_titles=("TTFT", "TPOT", "E2E"), shared_yaxes=True)
-    priorities = sorted({record.priority for record in records})
-    for index, priority in enumerate(priorities[: len(_COLORS)]):
-        for column, name in enumerate(names, start=1):
-            values = [getattr(r, name) for r in records if r.priority == priority and getattr(r, name) is not None]
-            shares = np.linspace(0, 1, min(len(values), NUM_POINTS_MAX)) if values else np.array([])
-            nanoseconds = np.quantile(np.asarray(values, dtype=np.int64), shares) if values else np.array([])
-            figure.add_scatter(
-                x=np.round(nanoseconds / NANOSECONDS_PER_MILLISECOND, 4).tolist(),
-                y=np.round(shares, 5).tolist(),
-                mode="lines",
-                name=f"class {priority}",
-                legendgroup=str(priority),
-                showlegend=column == 1 and len(priorities) > 1,
-                line={"color": _COLORS[index], "width": 2},
-                row=1,
-                col=column,
-            )
-    figure.update_xaxes(title_text="ms", type="log", gridcolor=_GRID, exponentformat="none")
-    figure.update_yaxes(gridcolor=_GRID, rangemode="tozero")
-    figure.update_yaxes(title_text="share of requests", row=1, col=1)
-    return _styled(figure).update_layout(height=420)
-
-
-def load_figure(samples: Mapping[InstanceId, Samples], num_blocks: Mapping[InstanceId, int]) -> Any:
-    """Running, waiting and the share of memory in use over time, one line for each of the busiest instances."""
-    from plotly.subplots import make_subplots
-
-    titles = ("Running", "Waiting", "KV blocks in use")
-    figure = make_subplots(rows=3, cols=1, subplot_titles=titles, shared_xaxes=True, vertical_spacing=0.09)
-    begins = min((series.at[0] for series in samples.values() if series.at), default=0)
-    busiest = _busiest(samples)
-    for index, instance_id in enumerate(busiest):
-        series, total = samples[instance_id], num_blocks[instance_id]
-        kept = _kept(len(series.at))
-        seconds = [round((series.at[i] - begins) / NANOSECONDS_PER_SECOND, 4) for i in kept]
-        in_use = [round(1 - series.free_blocks[i] / total, 4) for i in kept]
-        lines = ([series.running[i] for i in kept], [series.waiting[i] for i in kept], in_use)
-        for row, values in enumerate(lines, start=1):
-            figure.add_scatter(
-                x=seconds,
-                y=values,
-                mode="lines",
-                name=instance_id,
-                legendgroup=instance_id,
-                showlegend=row == 1 and len(busiest) > 1,
-                line={"color": _COLORS[index], "width": 1.5, "shape": "hv"},
-                row=row,
-                col=1,
-            )
-    figure.update_xaxes(gridcolor=_GRID)
-    figure.update_xaxes(title_text="seconds since the first sample", row=3, col=1)
-    figure.update_yaxes(gridcolor=_GRID, rangemode="tozero")
-    figure.update_yaxes(tickformat=".0%", range=[0, 1.02], row=3, col=1)
-    return _styled(figure).update_layout(height=780)
+def rates_figure(columns: Columns) -> Any:
+    """Arrivals and goodput over time, in windows of equal length."""
+    at = columns.arrived_at - columns.arrived_at[0]
+    num_windows = max(1, min(NUM_WINDOWS, len(at) // 10))
+    window = (int(at[-1]) + 1) / num_windows / NANOSECONDS_PER_SECOND
+    index = (at / NANOSECONDS_PER_SECOND / window).astype(np.int64).clip(max=num_windows - 1)
+    came = np.bincount(index, minlength=num_windows) / window
+    met = np.bincount(index, columns.is_met, num_windows) / window
+    middles = ((np.arange(num_windows) + 0.5) * window).round(3).tolist()
+    lines = {"arrived": (middles, came.round(4).tolist()), "in time": (middles, met.round(4).tolist())}
+    figure = line_figure(lines, x="seconds", y="requests a second")
+    return figure.update_traces(mode="lines")
 
 
 def instance_rows(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
@@ -179,27 +148,10 @@ def _busiest(samples: Mapping[InstanceId, Samples]) -> list[InstanceId]:
     return sorted(sorted(load, key=lambda key: (-load[key], key))[:NUM_INSTANCES_MAX])
 
 
+def _loads(samples: Mapping[InstanceId, Samples], num_blocks: Mapping[InstanceId, int]) -> dict[str, LoadOverTime]:
+    return {key: load_over_time({key: samples[key]}, {key: num_blocks[key]}) for key in _busiest(samples)}
+
+
 def _load_caption(samples: Mapping[InstanceId, Samples]) -> str:
     num_drawn = len(_busiest(samples))
     return f"The {num_drawn} busiest of {len(samples)} instances." if num_drawn < len(samples) else ""
-
-
-def _kept(count: int) -> list[int]:
-    """Indices of at most `NUM_POINTS_MAX` points, evenly apart, the first and the last among them."""
-    if count <= NUM_POINTS_MAX:
-        return list(range(count))
-    return [round(i * (count - 1) / (NUM_POINTS_MAX - 1)) for i in range(NUM_POINTS_MAX)]
-
-
-def _styled(figure: Any) -> Any:
-    return figure.update_layout(
-        template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 50, "b": 50},
-        legend={"orientation": "h", "y": 1.12, "x": 0},
-        hovermode="x unified",
-    )
-
-
-_GRID = "#e8ecf0"
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#444444")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart, its yellow darkened for a white page."""

@@ -1,0 +1,174 @@
+"""Many runs, side by side: in processes of this machine, or on a Ray cluster. Results come as they get ready."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, TypeVar
+
+from rota.base.errors import ConfigError, RotaError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+TICK_SECONDS = 0.5
+"""How often whoever waits is told that the work goes on."""
+QUEUED_PER_WORKER = 2
+"""Runs handed over ahead of need, so that no worker waits for its next one."""
+
+
+class Runner(Protocol):
+    """What carries out runs."""
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], on_tick: Callable[[], None] = ...
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield `(index, function(items[index]))` in the order in which they get ready. An error of one run is raised
+        here, and the others end. `on_tick` is called now and then while nothing is ready. Function, items and results
+        must be picklable."""
+        ...
+
+
+class LocalRunner:
+    """Processes of this machine, started when there is more than one run, each started from nothing (spawned).
+
+    A worker may take its share of `memory_share` of the machine's memory and no more; it ignores Ctrl-C, which is for
+    whoever started it, and it ends when that process has gone, however it went.
+    """
+
+    def __init__(self, num_workers: int | None = None, *, memory_share: float = 0.8) -> None:
+        """As many workers as there are cores that this process may use, unless told."""
+        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self._memory_max = int(memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], on_tick: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, Result]]:
+        if self.num_workers == 1 or len(items) < 2:
+            for index, item in enumerate(items):
+                yield index, function(item)
+            return
+        num_workers = min(self.num_workers, len(items))
+        pool = ProcessPoolExecutor(
+            num_workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_settle,
+            initargs=(self._memory_max // num_workers,),
+        )
+        try:
+            yield from _drain(pool, function, items, QUEUED_PER_WORKER * num_workers, on_tick)
+        except BrokenProcessPool:
+            raise RotaError(
+                "a worker process died in the middle of a run", hint="it may have run out of memory; try fewer --jobs"
+            ) from None
+        finally:
+            # Without this a run under way would be waited for, after Ctrl-C and after an error of another run.
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(
+    pool: ProcessPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    num_ahead: int,
+    on_tick: Callable[[], None],
+) -> Iterator[tuple[int, Result]]:
+    """Keep few runs handed over at a time, so that memory does not grow with their number."""
+    left = iter(enumerate(items))
+    running: dict[Future[Result], int] = {}
+    while True:
+        for index, item in islice(left, num_ahead - len(running)):
+            running[pool.submit(function, item)] = index
+        if not running:
+            return
+        ready, _ = wait(running, TICK_SECONDS, return_when=FIRST_COMPLETED)
+        for future in sorted(ready, key=running.__getitem__):
+            yield running.pop(future), future.result()
+        on_tick()
+
+
+def _settle(memory_max: int) -> None:
+    """Make this process a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or memory_max < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_max, hard))
+
+
+def _follow(parent: BaseProcess) -> None:
+    """End with the process that started this one."""
+    parent.join()
+    os._exit(1)
+
+
+class RayRunner:
+    """Tasks on a Ray cluster, each on one of its cores: on the one that `RAY_ADDRESS` names or that runs here, else on
+    one that is started here for as long as this runner lives.
+
+    Rota of the same version must be installed on every node, and files must be at the same path.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        """Raises `ConfigError` where Ray is not installed or no cluster answers."""
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                "--on ray: Ray is not installed", hint="install Rota with its extra: pip install 'rota[ray]'"
+            ) from None
+        self._ray = ray
+        if not ray.is_initialized():
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"--on ray: no cluster answers: {' '.join(str(error).split())[:200]}",
+                    hint="start one with ray start --head, or unset RAY_ADDRESS to have one started here",
+                ) from None
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], on_tick: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, Result]]:
+        ray = self._ray
+        # Not retried after an error of the run itself: the same run would fail the same way.
+        task = ray.remote(max_retries=3)(_guarded)
+        left = iter(enumerate(items))
+        running: dict[Any, int] = {}
+        try:
+            while True:
+                num_ahead = max(1, QUEUED_PER_WORKER * int(ray.cluster_resources().get("CPU", 1)))
+                for index, item in islice(left, num_ahead - len(running)):
+                    running[task.remote(function, item)] = index
+                if not running:
+                    return
+                ready, _ = ray.wait(list(running), timeout=TICK_SECONDS)
+                for reference in ready:
+                    index = running.pop(reference)
+                    result, error = ray.get(reference)
+                    if error is not None:
+                        raise error
+                    yield index, result
+                on_tick()
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+
+def _guarded(function: Callable[[Item], Result], item: Item) -> tuple[Result | None, RotaError | None]:
+    """Errors that a user may meet travel as values: Ray would wrap them in text."""
+    try:
+        return function(item), None
+    except RotaError as error:
+        return None, error
