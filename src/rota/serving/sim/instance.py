@@ -16,7 +16,7 @@ from rota.serving.model.commands import InstanceCommand, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
-from rota.serving.predictors.step_time.runs import decode_run
+from rota.serving.predictors.step_time.runs import SkewPredictor, decode_run
 from rota.serving.sim.ground_truth import GroundTruth
 
 RANK_STEP = 0
@@ -119,6 +119,7 @@ class SimulatedInstance:
         self._slowdown = 1.0
         self._loop = loop
         self._step_time = step_time
+        self._skew_time = step_time.skew_time if isinstance(step_time, SkewPredictor) else None
         self._truth = truth
         self._listener = listener
         self._overhead = step_overhead
@@ -205,6 +206,7 @@ class SimulatedInstance:
         prefills: list[tuple[int, int]] = []
         num_decodes = 0
         kv_tokens = 0
+        longest = 0
         first_tokens: list[RequestId] = []
         lefts: list[tuple[int, RequestId]] = []
         shortest = command.max_repeats
@@ -216,6 +218,8 @@ class SimulatedInstance:
             if num_tokens == 1:
                 num_decodes += 1
                 kv_tokens += computed
+                if computed > longest:
+                    longest = computed
             else:
                 prefills.append((num_tokens, computed - num_tokens))
             if computed == sequence.num_tokens:
@@ -229,11 +233,15 @@ class SimulatedInstance:
         started_at = now
         if self._resume_at is not None:
             started_at, self._resume_at, shortest = self._resume_at, None, min(shortest, 1)
+        overhead: int = self._overhead
+        if self._skew_time is not None:
+            num_prefill_tokens = sum([new_tokens for new_tokens, _ in prefills])
+            overhead += self._skew_time(num_prefill_tokens, num_decodes, kv_tokens, longest)
         num_steps = 1 if first_tokens else self._horizon(shortest, num_decodes, kv_tokens, now)
         if num_steps == 1:
-            ends: Sequence[int] = (self._time(prefills, num_decodes, kv_tokens) + self._overhead,)
+            ends: Sequence[int] = (self._time(prefills, num_decodes, kv_tokens) + overhead,)
         else:
-            ends = self._run_ends(num_decodes, kv_tokens, num_steps)
+            ends = self._run_ends(num_decodes, kv_tokens, num_steps, overhead)
         last_tokens = [request_id for left, request_id in lefts if left == num_steps]
         self._fly(command, started_at, ends, first_tokens, last_tokens)
 
@@ -250,9 +258,9 @@ class SimulatedInstance:
         time = self._step_time.step_time(prefills=prefills, num_decodes=num_decodes, decode_kv_tokens=kv_tokens)
         return time if self._slowdown == 1.0 else round(time * self._slowdown)
 
-    def _run_ends(self, num_decodes: int, kv_tokens: int, num_steps: int) -> Sequence[int]:
+    def _run_ends(self, num_decodes: int, kv_tokens: int, num_steps: int, overhead: int) -> Sequence[int]:
         times = decode_run(self._step_time, num_decodes, kv_tokens, num_steps)
-        slowdown, overhead = self._slowdown, self._overhead
+        slowdown = self._slowdown
         if slowdown != 1.0:
             times = [round(time * slowdown) for time in times]
         return list(accumulate(time + overhead for time in times)) if overhead else list(accumulate(times))

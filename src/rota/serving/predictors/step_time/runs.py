@@ -20,6 +20,24 @@ class DecodeRunPredictor(Protocol):
         ...
 
 
+@runtime_checkable
+class SkewPredictor(Protocol):
+    """A predictor that knows what unlike decodes cost: a step waits for its longest sequence when the others are done.
+
+    Nothing else about the mix of lengths is asked for, and so this stays apart from `step_time`, which counts the
+    decodes of a step as if they shared their context evenly.
+    """
+
+    def skew_time(
+        self, num_prefill_tokens: int, num_decodes: int, decode_kv_tokens: int, longest_decode_kv_tokens: int
+    ) -> int:
+        """Nanoseconds that a step takes beyond `step_time`, given the context of the longest of its decodes.
+
+        The same for every step of a run of decodes, since all grow by one token a step.
+        """
+        ...
+
+
 def decode_run(predictor: StepTimePredictor, num_decodes: int, decode_kv_tokens: int, num_steps: int) -> list[int]:
     """The times of a run of decode-only steps, from the predictor's own `decode_run` or else step by step."""
     if isinstance(predictor, DecodeRunPredictor):
