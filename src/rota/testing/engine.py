@@ -35,6 +35,8 @@ Factory = Callable[[], AbstractAsyncContextManager[EngineUnderTest]]
 class RecordingSink:
     """Keeps what it hears, and objects to what it must not hear."""
 
+    on_chunks = None
+
     def __init__(self) -> None:
         self.heard: list[str] = []
         self.status = 0

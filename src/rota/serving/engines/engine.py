@@ -1,5 +1,6 @@
 """What the live host asks of an engine, whatever it is made of. `rota.testing.engine.check_engine` proves it."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -32,6 +33,12 @@ class AnswerSink(Protocol):
 
     def on_data(self, data: bytes) -> None:
         """Bytes of the body, as many as came at once."""
+        ...
+
+    @property
+    def on_chunks(self) -> Callable[[bytes], None] | None:
+        """Takes bytes of the body in place of `on_data` where they are whole HTTP/1.1 chunks, framing included; an
+        engine that has such may ask after each `on_data`. None wants none (any more or yet)."""
         ...
 
     def on_end(self) -> None:

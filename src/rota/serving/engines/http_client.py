@@ -2,12 +2,14 @@
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from rota.base.errors import ConfigError, EngineError
+from rota.serving.engines.chunks import are_whole_chunks
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -18,6 +20,8 @@ _HEAD_BYTES_MAX = 64 * 1024
 class ResponseSink(Protocol):
     """Who hears a response: see `rota.serving.engines.engine.AnswerSink`."""
 
+    @property
+    def on_chunks(self) -> Callable[[bytes], None] | None: ...
     def on_head(self, status: int, headers: Headers) -> None: ...
     def on_data(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
@@ -209,6 +213,10 @@ class _Connection(asyncio.Protocol):
         self._is_silent = True
         self._keep_alive = True
         self._paused = False
+        self._is_chunked = False
+        self._is_in_chunk = False
+        self._pass_on: Callable[[bytes], None] | None = None
+        """Takes whole chunks unparsed; None where the parser has to see what comes next."""
 
     def begin(self, call: Call) -> None:
         self._reset()
@@ -251,6 +259,12 @@ class _Connection(asyncio.Protocol):
             call.lost(why + (" before it answered" if self._is_silent else ""), was_silent=self._is_silent)
 
     def data_received(self, data: bytes) -> None:
+        # Nearly all that a router does happens here: an event of a stream, which is a whole chunk, goes on as it came.
+        # The parser is between two chunks then, and does not miss one that it is not shown.
+        pass_on = self._pass_on
+        if pass_on is not None and are_whole_chunks(data):
+            pass_on(data)
+            return
         call = self._call
         if call is None:  # Bytes that nobody asked for.
             self.close()
@@ -282,6 +296,10 @@ class _Connection(asyncio.Protocol):
             else:
                 self.close()
             call.ended()
+        elif self._is_chunked:
+            # After a chunk that is complete its line end is the last that was read, unless more of the next one was.
+            is_between = not self._is_in_chunk and data.endswith(b"\r\n")
+            self._pass_on = call.sink.on_chunks if is_between else None
 
     # --- what the parser says ----------------------------------------------------------------------------------------
 
@@ -297,8 +315,17 @@ class _Connection(asyncio.Protocol):
         self._keep_alive = self._parser.should_keep_alive()
         sized = any(name in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
         self._ends_with_connection = not sized and status not in (204, 304)
+        self._is_chunked = any(
+            name == b"transfer-encoding" and value.lower() == b"chunked" for name, value in self._headers
+        )
         if self._call is not None:
             self._call.head(status, self._headers)
+
+    def on_chunk_header(self) -> None:
+        self._is_in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        self._is_in_chunk = False
 
     def on_message_complete(self) -> None:
         if self._is_headed:
@@ -307,6 +334,8 @@ class _Connection(asyncio.Protocol):
 
 class _Collected:
     """A sink that keeps a small body."""
+
+    on_chunks = None
 
     def __init__(self, body_bytes_max: int) -> None:
         self.body: list[bytes] = []

@@ -1,6 +1,7 @@
 """Any server that speaks the OpenAI API: vLLM, SGLang, llama.cpp, Ollama, and whatever else is like them."""
 
 import re
+from collections.abc import Callable
 
 import msgspec
 
@@ -179,6 +180,10 @@ class _Passing:
         self._request_id = request_id
         self._sink = sink
         self.on_data = sink.on_data
+
+    @property
+    def on_chunks(self) -> Callable[[bytes], None] | None:
+        return self._sink.on_chunks
 
     def on_head(self, status: int, headers: Headers) -> None:
         self._sink.on_head(status, [header for header in headers if header[0] not in _DROPPED])

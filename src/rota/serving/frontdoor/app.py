@@ -137,12 +137,13 @@ class FrontDoor:
 class _Conversation:
     """One request to an engine, seen from its client: hears the cluster and writes the answer."""
 
-    __slots__ = ("_door", "_exchange", "_has_started", "_request_id", "_started_at", "on_data")
+    __slots__ = ("_door", "_exchange", "_has_started", "_request_id", "_started_at", "on_chunks", "on_data")
 
     def __init__(self, door: FrontDoor, exchange: Exchange, call: EngineCall) -> None:
         self._door = door
         self._exchange = exchange
         self.on_data = exchange.write
+        self.on_chunks = exchange.write_chunks if exchange.is_chunked else None
         self._request_id = call.request.id
         self._has_started = False
         self._started_at = time.monotonic()

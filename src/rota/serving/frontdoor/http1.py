@@ -78,7 +78,7 @@ class ExchangeListener(Protocol):
 class Exchange:
     """One request and its one answer: either `respond`, or `start`, any number of `write`, and `end` or `cut`."""
 
-    __slots__ = ("_chunked", "_connection", "_keep_alive", "done", "listener", "request", "status")
+    __slots__ = ("_connection", "_keep_alive", "done", "is_chunked", "listener", "request", "status")
 
     def __init__(self, connection: "HttpConnection", request: HttpRequest, *, keep_alive: bool, chunked: bool) -> None:
         self.request = request
@@ -89,7 +89,8 @@ class Exchange:
         """Nothing more may be written: the answer is complete, or the client left."""
         self._connection = connection
         self._keep_alive = keep_alive
-        self._chunked = chunked
+        self.is_chunked = chunked
+        """The client understands chunks: it speaks HTTP/1.1."""
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Answer in one piece."""
@@ -108,12 +109,12 @@ class Exchange:
         if self.done:
             return
         self.status = status
-        if not self._chunked:
+        if not self.is_chunked:
             self._keep_alive = False
         head = self._head(status, headers)
-        head.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
+        head.append(b"transfer-encoding: chunked\r\n\r\n" if self.is_chunked else b"\r\n")
         if first:
-            head.append(b"%x\r\n%b\r\n" % (len(first), first) if self._chunked else first)
+            head.append(b"%x\r\n%b\r\n" % (len(first), first) if self.is_chunked else first)
         self._connection.write(b"".join(head))
 
     def write(self, data: bytes) -> None:
@@ -122,13 +123,19 @@ class Exchange:
             return
         transport = self._connection.transport
         if transport is not None:
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
+
+    def write_chunks(self, data: bytes) -> None:
+        """Pass on whole chunks of a started answer as they are; only where `is_chunked`."""
+        transport = self._connection.transport
+        if transport is not None and not self.done:
+            transport.write(data)
 
     def end(self, last: bytes = b"") -> None:
         """End a started answer, whole."""
         if self.done:
             return
-        if self._chunked:
+        if self.is_chunked:
             self._connection.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if last else b"0\r\n\r\n")
         elif last:
             self._connection.write(last)

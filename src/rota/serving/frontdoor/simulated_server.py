@@ -79,6 +79,8 @@ class SimulatedServer:
 class _Conversation:
     """One request: hears the engine and writes the answer."""
 
+    on_chunks = None
+
     def __init__(self, engine: SimulatedEngine, exchange: Exchange, call: EngineCall) -> None:
         self._engine = engine
         self._exchange = exchange

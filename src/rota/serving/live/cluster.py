@@ -7,7 +7,8 @@ a stream can be tried again until its first byte.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -36,6 +37,7 @@ from rota.serving.model.request import RequestId
 
 _log = logging.getLogger(__name__)
 _EXCERPT_BYTES = 200
+_NUM_TAIL_READS = 4
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -60,6 +62,12 @@ class Client(Protocol):
 
     def on_data(self, data: bytes) -> None:
         """More of the stream."""
+        ...
+
+    @property
+    def on_chunks(self) -> Callable[[bytes], None] | None:
+        """Takes more of the stream in whole HTTP/1.1 chunks, framing included. Asked for once the stream began; None
+        has everything go to `on_data`."""
         ...
 
     def on_end(self, num_output_tokens: int | None) -> None:
@@ -102,12 +110,14 @@ class _Attempt:
         "_has_started",
         "_headers",
         "_num_bytes",
+        "_pass_chunks_on",
         "_pass_on",
         "_status",
+        "_tail",
         "_timer",
-        "_usage",
         "instance_id",
         "is_over",
+        "on_chunks",
     )
 
     def __init__(self, cluster: "LiveCluster", flight: _Flight, instance_id: InstanceId) -> None:
@@ -120,8 +130,12 @@ class _Attempt:
         self._body: list[bytes] = []
         self._num_bytes = 0
         self._has_started = False
-        self._usage = b""
+        self._tail: deque[bytes] = deque(maxlen=_NUM_TAIL_READS)
+        """What came last of a stream: there it says how many tokens it had."""
         self._pass_on = flight.client.on_data
+        self._pass_chunks_on: Callable[[bytes], None] | None = None
+        self.on_chunks: Callable[[bytes], None] | None = None
+        """None until the stream began, and when this attempt is over."""
         self._timer: asyncio.TimerHandle | None = None
         if cluster.first_byte_timeout_seconds is not None:
             loop = asyncio.get_running_loop()
@@ -135,8 +149,7 @@ class _Attempt:
         if self.is_over:
             return
         if self._has_started:
-            if b'"usage"' in data:
-                self._usage = data
+            self._tail.append(data)
             self._pass_on(data)
         elif self._status == 200 and self._flight.call.stream:
             self._start(data)
@@ -147,6 +160,11 @@ class _Attempt:
             else:
                 self._body.append(data)
 
+    def _on_chunks(self, data: bytes) -> None:
+        self._tail.append(data)
+        if self._pass_chunks_on is not None:
+            self._pass_chunks_on(data)
+
     def on_end(self) -> None:
         if self.is_over:
             return
@@ -155,7 +173,7 @@ class _Attempt:
             if not self._has_started:
                 self._start(b"")
             self.over()
-            num_tokens = num_streamed_tokens(self._usage) if self._usage else None
+            num_tokens = num_streamed_tokens(b"".join(self._tail))
             cluster.flights.pop(request_id, None)
             flight.client.on_end(num_tokens)
             cluster.tell(RequestFinished(request_id, self.instance_id, num_tokens))
@@ -185,14 +203,20 @@ class _Attempt:
     def over(self) -> None:
         """Nothing more is expected of this attempt."""
         self.is_over = True
+        self.on_chunks = self._pass_chunks_on = None
         if self._timer is not None:
             self._timer.cancel()
 
     def _start(self, first: bytes) -> None:
         self._has_started = True
+        self._tail.append(first)
         if self._timer is not None:
             self._timer.cancel()
-        self._flight.client.on_start(self._status, self._headers, first)
+        client = self._flight.client
+        client.on_start(self._status, self._headers, first)
+        if client.on_chunks is not None:
+            self._pass_chunks_on = client.on_chunks
+            self.on_chunks = self._on_chunks
         self._cluster.tell(FirstTokenSeen(self._flight.call.request.id, self.instance_id))
 
     def _hung(self) -> None:

@@ -24,11 +24,12 @@ def num_output_tokens(answer: bytes) -> int | None:
 
 
 def num_streamed_tokens(data: bytes) -> int | None:
-    """The same from the last event in `data` that says so. An event that was cut in two by the network is not found."""
-    for event in reversed(data.split(b"\n\n")):
-        text = event.strip()
-        if text.startswith(b"data:") and b'"usage"' in text:
-            num_tokens = num_output_tokens(text[5:])
+    """The same from the last event in `data` that says so, with or without the framing of HTTP/1.1 chunks. An event
+    that was cut in two by the network is not found."""
+    for event in reversed(data.replace(b"\r\n", b"\n").split(b"\n\n")):
+        _, found, text = event.partition(b"data:")
+        if found and b'"usage"' in text:
+            num_tokens = num_output_tokens(text)
             if num_tokens is not None:
                 return num_tokens
     return None
