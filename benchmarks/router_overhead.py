@@ -3,15 +3,17 @@
     python benchmarks/router_overhead.py [--peer PATH_TO_vllm-router] [--num-requests N] [--rounds R] > result.json
 
 Two mock engines answer at once from a process of their own. The router has one core to itself; the mocks and the client
-share another. Counted is the time that the router's threads spent on a core (schedstat, all threads), kernel included,
-which a busy machine disturbs less than requests per second. `stream_64` sends 64 events, each in a write and a wake-up
-of its own, so nothing is coalesced unless the router falls behind; `stream_64_paced` sends one every 2 ms, as engines
-do, and so costs the router 64 wake-ups, most of it in the kernel, whoever the router is. Every figure is the median of
+share another. The floor is `byte_pipe`: uvloop protocols that copy bytes between a client and an engine, look at none of
+them and decide nothing. Counted is the time that the router's threads spent on a core (schedstat, all threads), kernel
+included, which a busy machine disturbs less than requests per second. `stream_64` sends 64 events, each in a write and a
+wake-up of its own, so nothing is coalesced unless the router falls behind; `stream_64_paced` sends one every 2 ms, as
+engines do, and so costs the router 64 wake-ups, shared by the streams that run beside it. Every figure is the median of
 the rounds, with the lowest and the highest beside it.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,9 @@ CASES = (
     ("whole_20kB", 20_000, False, False, 32, 0.5),
     ("stream_64", 500, True, False, 1, 0.1),
     ("stream_64", 500, True, False, 32, 0.3),
+    ("stream_64_paced", 500, True, True, 1, 0.02),
     ("stream_64_paced", 500, True, True, 32, 0.1),
+    ("stream_64_paced", 500, True, True, 128, 0.1),
 )
 
 # --- the mock engines -----------------------------------------------------------------------------------------------
@@ -138,6 +143,51 @@ async def our_router(ports: list[int], journal_path: str | None) -> None:
         engines=engines,
         on_ready=lambda router: print(json.dumps([router.door.server.port]), flush=True),
     )
+
+
+# --- the floor ------------------------------------------------------------------------------------------------------
+
+
+class PipeEnd(asyncio.Protocol):
+    """One of two connections that are one. The client's end dials the other; requests wait for it."""
+
+    def __init__(self, dial: Callable[["PipeEnd"], Awaitable["PipeEnd"]] | None) -> None:
+        self.dial = dial
+        self.early = b""
+        self.other: PipeEnd | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+        if self.dial is not None:
+            self.dialling = asyncio.get_running_loop().create_task(self.join(self.dial))
+
+    async def join(self, dial: Callable[["PipeEnd"], Awaitable["PipeEnd"]]) -> None:
+        self.other = await dial(self)
+        self.other.transport.write(self.early)
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is None:
+            self.early += data
+        else:
+            self.other.transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.other is not None:
+            self.other.transport.abort()
+
+
+async def byte_pipe(ports: list[int]) -> None:
+    loop = asyncio.get_running_loop()
+    turns = itertools.cycle(ports)
+
+    async def dial(near: PipeEnd) -> PipeEnd:
+        _, far = await loop.create_connection(lambda: PipeEnd(None), "127.0.0.1", next(turns))
+        far.other = near
+        return far
+
+    server = await loop.create_server(lambda: PipeEnd(dial), "127.0.0.1", 0)
+    print(json.dumps([server.sockets[0].getsockname()[1]]), flush=True)
+    await asyncio.Event().wait()
 
 
 # --- the client -----------------------------------------------------------------------------------------------------
@@ -244,7 +294,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def start_subjects(arguments: argparse.Namespace, ports: list[int], core: int, log: Any) -> dict[str, tuple[int, Any]]:
     subjects: dict[str, tuple[int, Any]] = {"direct": (ports[0], None)}
     me = [sys.executable, __file__, "--serve", json.dumps(ports)]
-    for name, extra in (("rota", []), ("rota_with_journal", ["--journal", arguments.scratch + "/journal.jsonl"])):
+    journal = arguments.scratch + "/journal.jsonl"
+    for name, extra in (("byte_pipe", ["--pipe"]), ("rota", []), ("rota_with_journal", ["--journal", journal])):
         process = spawn(core, me + extra, log)
         subjects[name] = (ports_from(process, name)[0], process)
     if arguments.peer:
@@ -313,13 +364,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mock", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--journal", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.mock:
         uvloop.run(mock_engines(arguments.mock))
         return
     if arguments.serve:
-        uvloop.run(our_router(json.loads(arguments.serve), arguments.journal))
+        ports = json.loads(arguments.serve)
+        uvloop.run(byte_pipe(ports) if arguments.pipe else our_router(ports, arguments.journal))
         return
 
     cores = sorted(os.sched_getaffinity(0))
@@ -338,7 +391,10 @@ def main() -> None:
                 if process is not None:
                     stop(process)
             stop(mocks)
-    ours = {case: row["cpu_ms_per_request"]["median"] for case, row in results["rota"].items()}
+    ours, floor = (
+        {case: row["cpu_ms_per_request"]["median"] for case, row in results[name].items()}
+        for name in ("rota", "byte_pipe")
+    )
     provenance = {
         "command": "python benchmarks/router_overhead.py "
         + " ".join(sys.argv[1:]).replace(arguments.peer or "\0", "PATH"),
@@ -353,6 +409,7 @@ def main() -> None:
     summary = {
         "target_cpu_ms": TARGET_MS,
         "cpu_ms": ours,
+        "cpu_ms_of_byte_pipe": floor,
         "meets": {case: ms <= TARGET_MS for case, ms in ours.items()},
     }
     print(json.dumps({"summary": summary, "results": results, "provenance": provenance}, indent=2))
