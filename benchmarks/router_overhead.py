@@ -2,11 +2,11 @@
 
     python benchmarks/router_overhead.py [--peer PATH_TO_vllm-router] [--num-requests N] [--rounds R] > result.json
 
-Two mock engines answer at once from a process of their own. The router has one core to itself; the mocks and the client
-share another. The floor is `byte_pipe`: uvloop protocols that copy bytes between a client and an engine, look at none of
-them and decide nothing. Counted is the time that the router's threads spent on a core (schedstat, all threads), kernel
-included, which a busy machine disturbs less than requests per second. `stream_64` sends 64 events, each in a write and a
-wake-up of its own, so nothing is coalesced unless the router falls behind; `stream_64_paced` sends one every 2 ms, as
+Two mock engines answer at once from a process of their own. The router has one core to itself; mocks and client share
+another. The floor is `byte_pipe`: uvloop protocols that copy bytes between a client and an engine, look at none of them
+and decide nothing. Counted is the time that the router's threads spent on a core (schedstat, all threads), kernel
+included, which a busy machine disturbs less than requests per second. `stream_64` sends 64 events, each in a write and
+a wake-up of its own, so nothing is coalesced unless the router falls behind; `stream_64_paced` sends one every 2 ms, as
 engines do, and so costs the router 64 wake-ups, shared by the streams that run beside it. Every figure is the median of
 the rounds, with the lowest and the highest beside it.
 """
