@@ -36,8 +36,8 @@ test: check ## Everything CI runs: `check`, then the slow and the live tests
 truth: $(INSTALLED) ## What the simulator says beside what is true, with errors and bounds; fails where a bound is missed
 	$(BIN)/python -m benchmarks.truth
 
-bench: $(INSTALLED) ## Speed beside a peer in the same run; results as JSON
-	$(BIN)/python benchmarks/simulator_speed.py
+bench: $(INSTALLED) ## Speed, beside peers where PEER_PYTHON names a Python that has them; results as JSON
+	$(BIN)/python -m benchmarks.peers $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 	$(BIN)/python benchmarks/router_overhead.py
 
 clean: ## Remove what was built; keeps the model

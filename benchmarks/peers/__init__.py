@@ -1,0 +1,1 @@
+"""The simulator beside others, on one machine, in one run: `python -m benchmarks.peers`."""
