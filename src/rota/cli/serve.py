@@ -74,7 +74,7 @@ def serve(
         stack=load_stack(stack),
         model=model,
         stock=stock,
-        options=_options(engine_option or []),
+        options=engine_options(engine_option or []),
         profile=profile,
         host=host,
         port=port,
@@ -99,7 +99,7 @@ def _kind(word: str) -> str:
     )
 
 
-def _options(words: Sequence[str]) -> dict[str, Any]:
+def engine_options(words: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` settings of a vLLM server, converted to the types of `VllmServer`."""
     import msgspec
 
@@ -242,9 +242,9 @@ def _vllm(
     from rota.serving.engines.managed import ManagedEngine, free_port
     from rota.serving.engines.model_package import MODEL_NAME, prepare_model
     from rota.serving.engines.process import ProcessSpec
+    from rota.serving.engines.vllm.engine import VllmEngine
     from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
     from rota.serving.engines.vllm.server import VllmServer
-    from rota.serving.model.capabilities import NOTHING
     from rota.serving.model.instance import InstanceId
 
     folder = prepare_model(say=say) if model is None else model
@@ -252,7 +252,7 @@ def _vllm(
         raise ConfigError(f"--model: {folder} is not a folder", hint="give a folder that vLLM can load")
     with writing("--run-dir", run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    engines = []
+    engines: list[Engine] = []
     for index in range(num_instances):
         instance_id = InstanceId(f"vllm-{index}")
         plugin = stock is None
@@ -268,17 +268,14 @@ def _vllm(
             cores=str(index % (os.cpu_count() or 1)),
             **options,
         )
-        engines.append(
-            ManagedEngine(
-                instance_id,
-                server.url,
-                ProcessSpec(
-                    name=instance_id,
-                    command=tuple(server.command()),
-                    log_path=str(run_dir / f"{instance_id}.log"),
-                    env=dict(server.environment()),
-                ),
-                capabilities=VLLM_CAPABILITIES if plugin else NOTHING,
-            )
+        process = ProcessSpec(
+            name=instance_id,
+            command=tuple(server.command()),
+            log_path=str(run_dir / f"{instance_id}.log"),
+            env=dict(server.environment()),
         )
+        if server.facts is None:
+            engines.append(ManagedEngine(instance_id, server.url, process))
+        else:
+            engines.append(VllmEngine(instance_id, server.url, process, server.facts, capabilities=VLLM_CAPABILITIES))
     return engines

@@ -11,6 +11,7 @@ from rota.base.errors import DataError
 from rota.serving.calibration.calibrate import Origin, calibrate
 from rota.serving.calibration.fit import fit
 from rota.serving.calibration.steps import HOLDOUT_EVERY, Steps, steps_of
+from rota.serving.calibration.terms import predicted
 from rota.serving.engines.vllm.facts import StepRecord
 from rota.serving.predictors.step_time.profiles import Profile
 from rota.testing.step_time import check_step_time
@@ -49,15 +50,32 @@ def test_the_simplest_shape_that_does_is_chosen() -> None:
     assert fitted(facts(bent, noise=0.05)).calibration.shape != "straight"  # type: ignore[union-attr]
 
 
-def test_disturbed_steps_do_not_move_it() -> None:
+def test_disturbed_steps_scale_it_and_do_not_bend_it() -> None:
     profile = fitted(facts(straight, noise=0.03, outliers=0.08))
-    assert largest_error(profile, straight) < 0.05
+
+    def disturbed(prefills: list[tuple[int, int]], num_decodes: int, decode_kv: int) -> float:
+        # In the mean, as eight steps of a hundred take three times as long.
+        return straight(prefills, num_decodes, decode_kv) * 1.16
+
+    assert largest_error(profile, disturbed) < 0.04
     calibration = profile.calibration
     assert calibration is not None
+    assert abs(calibration.errors[0].bias) < 0.05
     # On the wall clock the disturbed steps are errors; in CPU time they are not.
     assert calibration.errors[0].mape > 0.05
     assert calibration.cpu_mape is not None
     assert calibration.cpu_mape < 0.04
+
+
+def test_a_pause_of_the_machine_is_not_the_engines() -> None:
+    records = facts(straight, noise=0.02)
+    spans = [(each, 10**11 if number % 400 == 399 else 0) for number, each in enumerate(records)]
+    late = 0
+    paused = []
+    for each, pause in spans:
+        paused.append(msgspec.structs.replace(each, at=each.at + late, step_ns=each.step_ns + pause))
+        late += pause
+    assert largest_error(fitted(paused), straight) < 0.04
 
 
 def test_the_stated_error_is_that_of_steps_it_never_saw() -> None:
@@ -132,6 +150,18 @@ def test_what_cannot_be_fitted_is_refused_by_its_spot() -> None:
     broken[7] = msgspec.structs.replace(broken[7], decode_kv_tokens=1, prefills=((0, 4),))
     with pytest.raises(DataError, match="less than one token"):
         steps_of(broken, "f.jsonl")
+
+
+def test_arrays_of_steps_are_predicted_as_single_ones() -> None:
+    records = facts(bent, noise=0.1)
+    profile = fitted(records)
+    times = predicted(profile.step_time.parameters, steps_of(records, "facts"))
+    predictor = profile.predictor()
+    for record, time in zip(records, times, strict=True):
+        alone = predictor.step_time(
+            prefills=record.prefills, num_decodes=record.num_decodes, decode_kv_tokens=record.decode_kv_tokens
+        )
+        assert alone == pytest.approx(time, abs=10)
 
 
 def test_every_fit_is_a_predictor_by_the_book() -> None:

@@ -14,6 +14,8 @@ _NUM_ROUNDS = 8
 _HUBER = 1.5
 """Residuals beyond so many deviations count in proportion, not squared."""
 _DEVIATION_MIN = 0.01
+_OUTLIER = 3.0
+"""A step that takes longer than so many times what it should counts as that long in the sum of all."""
 _WORTH = 0.97
 """A shape with more parameters must bring the error below so much of the simpler one's."""
 
@@ -48,7 +50,11 @@ def choose(steps: Steps, target: Floats, shapes: Sequence[Shape] = SHAPES) -> Fi
 
 def fit(columns: Floats, target: Floats) -> Floats:
     """Weights that are not negative, least squares of relative errors, with those of outliers held down (Huber's
-    weights, found anew in each of a few rounds)."""
+    weights, found anew in each of a few rounds).
+
+    In the end all are scaled so that the sum of all times is right: latencies are sums of steps, and disturbed steps,
+    which only ever take longer, are a part of them.
+    """
     scale = 1.0 / target
     weights = scale
     solution = np.zeros(columns.shape[1])
@@ -57,7 +63,8 @@ def fit(columns: Floats, target: Floats) -> Floats:
         off = np.abs(columns @ solution - target) * scale
         bound = _HUBER * max(_DEVIATION_MIN, 1.4826 * float(np.median(off)))
         weights = scale * np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-12)))
-    return solution
+    predicted = columns @ solution
+    return np.asarray(solution * (np.minimum(target, _OUTLIER * predicted).sum() / predicted.sum()))
 
 
 def _inner_error(steps: Steps, target: Floats, shape: Shape, folds: Ints) -> float:

@@ -27,7 +27,11 @@ _DRAIN_SHARE = 0.35
 """Of a stretch, for what is under way when its sending ends; what then still runs is dropped."""
 _NUM_IN_FLIGHT_MAX = 256
 _TICK_SECONDS = 0.02
-_OUTPUT_TOKENS_MAX = 160
+_OUTPUTS: dict[Kind, tuple[int, int]] = {"alone": (2, 24), "mixed": (2, 160), "steady": (16, 160), "ramp": (16, 160)}
+"""Fewest and most output tokens of a request."""
+_OUTPUT_TOKENS_MAX = max(most for _, most in _OUTPUTS.values())
+_LONG_SHARE = 0.15
+"""Of the requests of a steady or rising stretch, those whose prompt may be of any length."""
 _PREFIX_SHARE = 0.3
 """Of the requests of a mixed stretch, those that begin like one before them, so that prefills have context."""
 
@@ -123,8 +127,10 @@ class Load:
     def _planned(self, index: int, stretch: Stretch, stream: Stream) -> Planned:
         longest = self._limits.max_model_len - _OUTPUT_TOKENS_MAX - 64
         longest = max(8, min(longest, self._limits.num_blocks * self._limits.block_size // 4))
-        num_prompt_tokens = _log_uniform(stream, 4, longest)
-        num_output_tokens = _log_uniform(stream, 2, 24 if stretch.kind == "alone" else _OUTPUT_TOKENS_MAX)
+        # Long prompts take most of an engine's time; where decodes are the subject, few are long.
+        is_short = stretch.kind in ("steady", "ramp") and stream.random() >= _LONG_SHARE
+        num_prompt_tokens = _log_uniform(stream, 4, max(8, longest // 12) if is_short else longest)
+        num_output_tokens = _log_uniform(stream, *_OUTPUTS[stretch.kind])
         prefix: tuple[int, ...] = ()
         block = max(1, longest // 6)
         if stretch.kind == "mixed" and stream.random() < _PREFIX_SHARE:

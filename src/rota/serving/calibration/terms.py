@@ -1,5 +1,6 @@
 """Step time as a sum of terms that mean something: each costs nothing at zero and never falls as its quantity grows."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,26 @@ def parameters_of(weights: Floats, shape: Shape) -> dict[str, Any]:
         "prefill_pair_ns": _rounded(pairs),
         "prefill_context_token_ns": _rounded(context),
     }
+
+
+def predicted(parameters: Mapping[str, Any], steps: Steps) -> Floats:
+    """What `CalibratedStepTime` with these parameters says of the steps, in ns, but for rounding."""
+    return np.asarray(
+        parameters["base_ms"] * 1e6
+        + _curve(parameters["tokens_us"], steps.num_tokens)
+        + _curve(parameters["decodes_us"], steps.num_decodes)
+        + parameters["decode_kv_token_ns"] * steps.decode_kv
+        + parameters["prefill_us"] * 1e3 * steps.num_prefills
+        + parameters["prefill_pair_ns"] * steps.prefill_pairs
+        + parameters["prefill_context_token_ns"] * steps.prefill_context
+    )
+
+
+def _curve(points: Sequence[Sequence[float]], x: Floats) -> Floats:
+    """In ns: straight between points in us, and on beyond the last."""
+    at, values = (np.asarray(column, dtype=np.float64) for column in zip(*points, strict=True))
+    slope = (values[-1] - values[-2]) / (at[-1] - at[-2])
+    return np.asarray(1e3 * (np.interp(x, at, values) + slope * np.maximum(0.0, x - at[-1])))
 
 
 def _pieces(quantity: Floats, knots: tuple[int, ...]) -> list[Floats]:
