@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +23,7 @@ from rota import __version__
 from rota.base.errors import CapabilityError, ConfigError, DataError, RotaError
 from rota.base.nearest import did_you_mean
 from rota.cli.output import print_error, say
-from rota.cli.verbs import VERBS
+from rota.cli.verbs import VERBS, Verb
 
 FAILED = 1
 BAD_INPUT = 2
@@ -56,27 +56,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if not words or words[0] in _HELP_FLAGS:
-        print(_help())
-        return 0 if words else BAD_INPUT
-    name, *rest = words
-    if name == "--version":
+    if words[:1] == ["--version"]:
         print(f"rota {__version__}")
         return 0
+    return _run_one_of("", VERBS, words)
+
+
+def _run_one_of(before: str, verbs: Mapping[str, Verb], words: list[str]) -> int:
+    """Run one of `verbs`, which stand behind the words `before`."""
+    if not words or words[0] in _HELP_FLAGS:
+        print(_help(before, verbs))
+        return 0 if words else BAD_INPUT
+    name, *rest = words
     if name.startswith("-"):
-        raise ConfigError(f"unknown flag {name}", hint="a verb comes first; see rota --help")
-    if name not in VERBS:
-        raise ConfigError(f"unknown verb {name!r}", hint=did_you_mean(name, VERBS))
-    module, _, function = VERBS[name].target.partition(":")
-    return _invoke(name, getattr(importlib.import_module(module), function), rest)
+        raise ConfigError(f"unknown flag {name}", hint=f"a verb comes first; see rota {before}--help")
+    if name not in verbs:
+        raise ConfigError(f"unknown verb {before + name!r}", hint=did_you_mean(name, verbs))
+    verb = verbs[name]
+    if verb.parts:
+        return _run_one_of(f"{before}{name} ", verb.parts, rest)
+    module, _, function = verb.target.partition(":")
+    return _invoke(before + name, getattr(importlib.import_module(module), function), rest)
 
 
-def _help() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+def _help(before: str, verbs: Mapping[str, Verb]) -> str:
+    width = max(map(len, verbs))
+    listed = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in verbs.items())
+    if before:
+        return f"usage: rota {before}VERB [FLAGS]\n\n{listed}\n\n  rota {before}VERB --help shows a verb's flags"
     return (
         "Rota decides what runs next, where and when, for AI work on scarce accelerators\n\n"
-        f"usage: rota VERB [FLAGS]\n\n{verbs}\n\n"
+        f"usage: rota VERB [FLAGS]\n\n{listed}\n\n"
         "  rota VERB --help shows a verb's flags; every verb takes --json; rota --version"
     )
 

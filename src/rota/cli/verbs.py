@@ -1,14 +1,27 @@
 """Every verb: where it lives, and its line in `rota --help`. A table, so that help imports none of them."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """One verb of the command line."""
+    """One verb of the command line, or a word before several."""
 
     target: str
     """`module:function`; the function's signature is the verb's flags, its docstring the verb's help."""
     summary: str
+    parts: "Mapping[str, Verb]" = MappingProxyType({})
+    """Verbs that stand behind this word; it has no target then."""
+
+
+TRACE = {
+    "describe": Verb("rota.cli.trace:describe", "Say what a trace is like: rates, lengths, prefixes, sessions"),
+    "sample": Verb("rota.cli.trace:sample", "Take a random part of a trace, sessions whole"),
+    "scale": Verb("rota.cli.trace:scale", "Make a trace faster or slower, its requests longer or shorter"),
+    "split": Verb("rota.cli.trace:split", "Split a trace in two, to fit on one part and check on the other"),
+    "convert": Verb("rota.cli.trace:convert", "Write a trace in another format, saying what that loses"),
+}
 
 
 VERBS = {
@@ -19,6 +32,7 @@ VERBS = {
     "serve": Verb("rota.cli.serve:serve", "Serve the OpenAI API in front of engines"),
     "bench": Verb("rota.cli.bench:bench", "Load any OpenAI-compatible server, open loop, and measure it"),
     "calibrate": Verb("rota.cli.calibrate:calibrate", "Fit step times to a live engine, with their error inside"),
+    "trace": Verb("", "Describe, sample, scale, split and convert traces", TRACE),
     "replay": Verb("rota.cli.replay:replay", "Feed a journal into fresh machines and compare what they decide"),
     "explain": Verb("rota.cli.explain:explain", "Say why a request ran where and when it did"),
     "export": Verb("rota.cli.export:export", "Turn a journal into a Perfetto trace or a CSV file"),

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from rota.base.errors import DataError
+from rota.base.errors import ConfigError, DataError
 from rota.base.random_streams import RandomStreams
 from rota.base.registry import Registry
-from rota.serving.workload.arrivals import Arrival
-from rota.serving.workload.formats.leniency import STRICT, Leniency
+from rota.serving.workload.arrivals import Arrival, Fact
+from rota.serving.workload.formats.leniency import STRICT, Leniency, Tally
 from rota.serving.workload.formats.spot import read_head
 
 
@@ -20,6 +20,8 @@ class TraceReader(Protocol):
     """What reads one format."""
 
     name: str
+    tally: Tally
+    """What the last `read` left out or changed."""
     first_line: str
     """What a file of this format begins with, for people."""
 
@@ -37,6 +39,10 @@ class TraceReader(Protocol):
 class TraceWriter(Protocol):
     """What writes one format."""
 
+    name: str
+    holds: frozenset[Fact]
+    """What it can say beyond times and lengths."""
+
     def write(self, path: Path, arrivals: Iterable[Arrival]) -> int:
         """Write arrivals, creating or replacing the file; returns how many. Raises `DataError` for one that the format
         cannot hold, rather than lose a part of it."""
@@ -51,6 +57,7 @@ FORMATS = Registry(
         "burstgpt": "rota.serving.workload.formats.burstgpt:BurstgptFormat",
         "journal": "rota.serving.workload.formats.journal:JournalFormat",
         "mooncake": "rota.serving.workload.formats.mooncake:MooncakeFormat",
+        "parquet": "rota.serving.workload.formats.parquet:ParquetFormat",
         "rota": "rota.serving.workload.formats.rota:RotaFormat",
         "sharegpt": "rota.serving.workload.formats.sharegpt:SharegptFormat",
         "sharegpt_lengths": "rota.serving.workload.formats.sharegpt_lengths:SharegptLengthsFormat",
@@ -58,6 +65,9 @@ FORMATS = Registry(
     },
     entry_point_group="rota.formats",
 )
+
+WRITTEN = ("agents", "azure", "burstgpt", "mooncake", "parquet", "rota")
+"""Formats of the table that can be written."""
 
 _HEAD_BYTES = 64 * 1024
 
@@ -80,6 +90,14 @@ def reader_of(name: str, leniency: Leniency = STRICT) -> TraceReader:
     """A format by its name."""
     reader: TraceReader = FORMATS.create(name, services={"leniency": leniency})
     return reader
+
+
+def writer_of(name: str) -> TraceWriter:
+    """A format that can be written, by its name."""
+    writer: TraceWriter = FORMATS.create(name)
+    if not hasattr(writer, "write"):
+        raise ConfigError(f"the {name} format is read only", hint=f"written are {', '.join(WRITTEN)}")
+    return writer
 
 
 def read_trace(

@@ -14,7 +14,7 @@ from pathlib import Path
 from rota.base.errors import DataError
 from rota.base.instant import NANOSECONDS_PER_SECOND, Duration
 from rota.base.random_streams import RandomStreams
-from rota.serving.workload.arrivals import MAX_TOKENS, Arrival, refuse_more
+from rota.serving.workload.arrivals import MAX_TOKENS, Arrival, Fact, refuse_more
 from rota.serving.workload.formats.columns import MAX_SPAN_SECONDS, CsvRow, header_fields, wrong_header
 from rota.serving.workload.formats.leniency import SORT_HINT, STRICT, Leniency, Tally
 from rota.serving.workload.formats.spot import block_lines, data_error, line_blocks, shown
@@ -42,6 +42,7 @@ class AzureFormat:
 
     name = "azure"
     first_line = ",".join(COLUMNS)
+    holds: frozenset[Fact] = frozenset()
 
     def __init__(self, leniency: Leniency = STRICT) -> None:
         self._leniency = leniency
@@ -199,7 +200,7 @@ def _nanoseconds(match: re.Match[str]) -> int | None:
 
 
 def _check_writable(row: int, arrival: Arrival) -> None:
-    refuse_more(row, arrival, "azure", frozenset())
+    refuse_more(row, arrival, AzureFormat.name, AzureFormat.holds)
     if row == 1 and arrival.at != 0:
         raise DataError(f"row 1: the first arrival lies at {arrival.at} ns; the azure format counts from its first row")
 

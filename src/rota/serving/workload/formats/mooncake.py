@@ -227,13 +227,19 @@ class _Row:
 def _written(row: int, arrival: Arrival) -> str:
     timestamp, rest = divmod(arrival.at, NANOSECONDS_PER_MILLISECOND)
     if rest:
-        raise DataError(f"row {row}: {arrival.at} ns is no whole millisecond; the mooncake format holds no finer times")
+        raise DataError(
+            f"row {row}: {arrival.at} ns is no whole millisecond; the mooncake format holds no finer times",
+            hint="rota trace convert --lossy cuts times to milliseconds",
+        )
     expected = -(-arrival.num_prompt_tokens // HASH_BLOCK_TOKENS)
     if arrival.hash_block_tokens != HASH_BLOCK_TOKENS or len(arrival.prefix_hashes) != expected:
         raise DataError(
             f"row {row}: the mooncake format wants an id for each {HASH_BLOCK_TOKENS} prompt tokens begun, {expected} "
-            f"in all; the arrival has {len(arrival.prefix_hashes)} of {arrival.hash_block_tokens} tokens"
+            f"in all; the arrival has {len(arrival.prefix_hashes)} of {arrival.hash_block_tokens} tokens",
+            hint="rota trace convert --lossy regroups the blocks",
         )
+    if max(arrival.prefix_hashes) > _MAX_HASH or min(arrival.prefix_hashes) < 0:
+        raise DataError(f"row {row}: the mooncake format holds prefix ids from 0 to {_MAX_HASH}")
     values: dict[str, Any] = {
         "timestamp": timestamp,
         "input_length": arrival.num_prompt_tokens,

@@ -23,10 +23,10 @@ class PrefixChain:
 
 
 class Numbers:
-    """Numbers that nobody else has."""
+    """Numbers that nobody else has, from `first` on."""
 
-    def __init__(self) -> None:
-        self._next = 0
+    def __init__(self, first: int = 0) -> None:
+        self._next = first
 
     def take(self, count: int) -> tuple[int, ...]:
         """The next `count` numbers."""

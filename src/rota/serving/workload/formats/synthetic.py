@@ -25,6 +25,7 @@ from pathlib import Path
 from rota.base.config import load_toml
 from rota.base.random_streams import RandomStreams
 from rota.serving.workload.arrivals import Arrival
+from rota.serving.workload.formats.leniency import Tally
 from rota.serving.workload.generator import SyntheticWorkload, generate
 
 
@@ -33,6 +34,9 @@ class SyntheticFormat:
 
     name = "synthetic"
     first_line = "TOML with a table [arrivals]"
+
+    def __init__(self) -> None:
+        self.tally = Tally()
 
     def recognises(self, head: str) -> bool:
         return re.search(r"(?m)^\s*(\[\s*arrivals\s*\]|arrivals\s*=|arrivals\.)", head) is not None
