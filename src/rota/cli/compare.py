@@ -61,11 +61,11 @@ def compare(
     if report is not None:
         with writing("--report", report):
             report.open("ab").close()
-    with Progress("comparing", total=None, unit="runs") as progress:
+    with Progress("comparing", total=None, unit="runs") as progress, LocalRunner(jobs) as runner:
         comparison, observed = run(
             named,
             common,
-            LocalRunner(jobs),
+            runner,
             num_repeats=None if repeats is None else at_least("--repeats", repeats, 1),
             confidence=between("--confidence", confidence, 0.5, 0.9999),
             on_progress=progress.reached_of,

@@ -31,3 +31,25 @@ def slo_of(flag: str, text: str | None) -> SLO:
             raise ConfigError(f"{flag}: {name} must be a number of milliseconds above 0, not {value!r}")
         targets[name] = milliseconds(number)
     return SLO(**targets)
+
+
+def promise_of(flag: str, text: str) -> tuple[SLO, float]:
+    """Parse targets and the share of requests that must meet them all: `attainment=99%`, which is also what it is
+    unless said. Raises `ConfigError` that begins with the flag."""
+    parts = [part.strip() for part in text.split(",")]
+    shares = [part.partition("=")[2].strip() for part in parts if part.startswith("attainment=")]
+    targets = [part for part in parts if not part.startswith("attainment=")]
+    if not targets:
+        raise ConfigError(f"{flag}: promises nothing", hint="such as ttft=500ms,tpot=50ms,attainment=99%")
+    if len(shares) > 1:
+        raise ConfigError(f"{flag}: attainment is given twice")
+    share = shares[0] if shares else "99%"
+    try:
+        value = float(share.removesuffix("%")) / (100.0 if share.endswith("%") else 1.0)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise ConfigError(
+            f"{flag}: attainment must be a share above 0 and at most 1, not {share!r}", hint="such as 99%"
+        )
+    return slo_of(flag, ",".join(targets)), value

@@ -29,6 +29,7 @@ VERBS = {
     "compare": Verb(
         "rota.cli.compare:compare", "Say which stack serves a workload better, and which differences are real"
     ),
+    "size": Verb("rota.cli.size:size", "Find the smallest fleet that keeps a promise, and say how sure that is"),
     "serve": Verb("rota.cli.serve:serve", "Serve the OpenAI API in front of engines"),
     "bench": Verb("rota.cli.bench:bench", "Load any OpenAI-compatible server, open loop, and measure it"),
     "calibrate": Verb("rota.cli.calibrate:calibrate", "Fit step times to a live engine, with their error inside"),

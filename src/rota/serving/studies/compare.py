@@ -8,19 +8,15 @@ import msgspec
 from rota import __version__
 from rota.base.config import config_hash
 from rota.base.errors import CapabilityError, ConfigError, DataError
-from rota.base.instant import seconds
 from rota.base.random_streams import RandomStreams
 from rota.serving.assemble import build
 from rota.serving.metrics.summary import Summary
 from rota.serving.sim.run import SimulationConfig, system_config
 from rota.serving.stack import StackConfig
 from rota.serving.studies.differences import Design, Difference, Pair, differences
-from rota.serving.studies.observe import Observation, observe
+from rota.serving.studies.observe import Observation, drawn_anew, is_drawn, observe
 from rota.serving.studies.runner import Runner
-from rota.serving.workload.formats import recognise
 
-DEFAULT_BLOCK = seconds(60)
-"""Of a resampled trace: longer than the bursts of the public traces, and an hour holds enough of them."""
 NUM_REPEATS_DRAWN = 10
 """Where arrivals are drawn and nothing else is said."""
 
@@ -50,12 +46,12 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 def design_of(config: SimulationConfig, num_repeats: int | None) -> tuple[Design, int]:
     """What is repeated, and how often: a workload that is drawn is drawn anew, a recorded trace is resampled; one
     repeat makes do with windows of time. Unless told, drawn workloads repeat and recorded ones do not."""
-    is_drawn = config.rate is not None or config.workload is not None or recognise(config.trace).name == "synthetic"
+    drawn = is_drawn(config)
     if num_repeats is None:
-        num_repeats = NUM_REPEATS_DRAWN if is_drawn else 1
+        num_repeats = NUM_REPEATS_DRAWN if drawn else 1
     if num_repeats == 1:
         return "windows", 1
-    return ("drawn" if is_drawn else "resampled"), num_repeats
+    return ("drawn" if drawn else "resampled"), num_repeats
 
 
 def compare(
@@ -121,11 +117,8 @@ def repeats_of(common: SimulationConfig, design: Design, num_repeats: int) -> Se
     """The workloads to play, each with a seed of its own. Of a recorded trace the first is as it was recorded."""
     if design == "windows":
         return [common]
-    seeds = RandomStreams(common.seed).stream("repeats")
-    drawn = [dataclasses.replace(common, seed=seeds.integers(0, 2**31)) for _ in range(num_repeats)]
-    if design == "drawn":
-        return drawn
-    return [common, *(dataclasses.replace(one, resample_block=DEFAULT_BLOCK) for one in drawn)]
+    anew = drawn_anew(common, num_repeats, "repeats")
+    return anew if design == "drawn" else [common, *anew]
 
 
 def has_slo(config: SimulationConfig) -> bool:

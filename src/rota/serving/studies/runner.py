@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from rota.base.errors import ConfigError, RotaError
 
@@ -36,16 +36,34 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """Processes of this machine, started when there is more than one run, each started from nothing (spawned).
+    """Processes of this machine, each started from nothing (spawned) when there is work for it, until the runner is
+    closed.
 
     A worker may take its share of `memory_share` of the machine's memory and no more; it ignores Ctrl-C, which is for
-    whoever started it, and it ends when that process has gone, however it went.
+    whoever started it, and it ends when that process has gone, however it went. One worker is this process itself.
     """
 
     def __init__(self, num_workers: int | None = None, *, memory_share: float = 0.8) -> None:
         """As many workers as there are cores that this process may use, unless told."""
         self.num_workers = num_workers or len(os.sched_getaffinity(0))
-        self._memory_max = int(memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        memory = int(memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        self._memory_max = memory // self.num_workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they are at."""
+        if self._pool is not None:
+            # Without this a run under way would be waited for, after Ctrl-C and after an error of another run.
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], on_tick: Callable[[], None] = lambda: None
@@ -54,24 +72,15 @@ class LocalRunner:
             for index, item in enumerate(items):
                 yield index, function(item)
             return
-        num_workers = min(self.num_workers, len(items))
-        pool = ProcessPoolExecutor(
-            num_workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_settle,
-            initargs=(self._memory_max // num_workers,),
-        )
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.num_workers, context, _settle, (self._memory_max,))
         try:
-            yield from _drain(pool, function, items, QUEUED_PER_WORKER * num_workers, on_tick)
+            yield from _drain(self._pool, function, items, QUEUED_PER_WORKER * self.num_workers, on_tick)
         except BrokenProcessPool:
             raise RotaError(
                 "a worker process died in the middle of a run", hint="it may have run out of memory; try fewer --jobs"
             ) from None
-        finally:
-            # Without this a run under way would be waited for, after Ctrl-C and after an error of another run.
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _drain(
