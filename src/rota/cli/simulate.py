@@ -71,6 +71,7 @@ def simulate(
     with Progress("simulating", total=num_requests, unit="requests") as progress:
         result = run(config, journal_path=journal, with_digest=digest, on_progress=progress.reached)
     summary = result.summary
+    _say_where_capacity_differs(profile, result)
     if report is not None:
         with writing("--report", report):
             _write_report(report, config, result)
@@ -81,6 +82,15 @@ def simulate(
         _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
+
+
+def _say_where_capacity_differs(profile: str, result: "SimulationResult") -> None:
+    from rota.serving.predictors.step_time.profiles import load_profile
+
+    timed = load_profile(profile)
+    differences = (line for spec in result.system.instances for line in timed.capacity_differences(spec.limits))
+    for line in dict.fromkeys(differences):
+        warn(f"{line}; step times of other batches are a guess")
 
 
 def _write_report(path: Path, config: "SimulationConfig", result: "SimulationResult") -> None:

@@ -85,35 +85,40 @@ def _folds(stretch: Ints) -> Ints:
 
 
 def _not_negative(columns: Floats, target: Floats) -> Floats:
-    """Least squares with no negative weight (Lawson and Hanson, Solving Least Squares Problems, chapter 23)."""
+    """Least squares with no negative weight (Lawson and Hanson, Solving Least Squares Problems, chapter 23), by normal
+    equations of columns of unit length."""
     size = np.sqrt((columns**2).sum(axis=0))
     used = size > 0
     scaled = columns[:, used] / size[used]
-    # The triangle of a QR has the same solutions and a row a column.
-    q, r = np.linalg.qr(scaled)
-    a, b = r, q.T @ target
-    num = a.shape[1]
+    gram, moment = scaled.T @ scaled, scaled.T @ target
+    num = len(moment)
     chosen = np.zeros(num, dtype=bool)
     x = np.zeros(num)
-    tolerance = 1e-9 * float(np.abs(a.T @ b).max(initial=1e-300))
+    tolerance = 1e-10 * float(np.abs(moment).max(initial=1e-300))
     for _ in range(3 * num):
-        gradient = a.T @ (b - a @ x)
-        gradient[chosen] = -np.inf
+        gradient = np.where(chosen, -np.inf, moment - gram @ x)
         best = int(np.argmax(gradient))
         if chosen.all() or gradient[best] <= tolerance:
             break
         chosen[best] = True
         while True:
             trial = np.zeros(num)
-            trial[chosen] = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
+            trial[chosen] = _solved(gram[np.ix_(chosen, chosen)], moment[chosen])
             below = chosen & (trial <= 0)
             if not below.any():
                 x = trial
                 break
-            share = np.min(x[below] / np.maximum(x[below] - trial[below], 1e-300))
+            share = float(np.min(x[below] / np.maximum(x[below] - trial[below], 1e-300)))
             x = x + share * (trial - x)
-            chosen &= x > 1e-14
+            chosen &= x > 1e-12
             x[~chosen] = 0.0
+            if not chosen.any():
+                break
     result = np.zeros(columns.shape[1])
     result[used] = x / size[used]
     return result
+
+
+def _solved(gram: Floats, moment: Floats) -> Floats:
+    # Columns may be the same in all steps that there are; then a trace of damping shares the weight between them.
+    return np.asarray(np.linalg.solve(gram + 1e-11 * np.eye(len(moment)), moment))
