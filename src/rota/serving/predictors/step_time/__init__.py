@@ -9,6 +9,7 @@ STEP_TIMES = Registry(
         "affine": "rota.serving.predictors.step_time.affine:AffineStepTime",
         "calibrated": "rota.serving.predictors.step_time.calibrated:CalibratedStepTime",
         "grid": "rota.serving.predictors.step_time.grid:GridStepTime",
+        "layerwise": "rota.serving.predictors.step_time.layerwise:LayerwiseStepTime",
     },
     entry_point_group="rota.step_times",
 )

@@ -1,10 +1,9 @@
 """Step time from a table of steps, taken apart into three costs that add up and never fall."""
 
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 
 from rota.base.instant import NANOSECONDS_PER_MILLISECOND, Instant
-from rota.serving.predictors.step_time.surface import Curve, Surface, interpolated
+from rota.serving.predictors.step_time.surface import Curve, Surface, interpolated, run_along
 from rota.serving.predictors.step_time.table import StepRow, read_table
 
 _MAX_ROWS_KEPT = 4096
@@ -91,21 +90,7 @@ class GridStepTime:
         if not num_decodes:
             return [0] * num_steps
         values = self._decode_rows.get(num_decodes) or self._decode_row(num_decodes)
-        columns = self._decode_only.columns
-        times: list[int] = []
-        context = decode_kv_tokens
-        while len(times) < num_steps:
-            # One stretch between two points of the row: there the time is a straight line of the context.
-            right = min(bisect_right(columns, context), len(columns) - 1)
-            low, width = columns[right - 1], columns[right] - columns[right - 1]
-            base, rise = values[right - 1], values[right] - values[right - 1]
-            num_left = num_steps - len(times)
-            if right < len(columns) - 1:
-                num_left = min(num_left, -(-(columns[right] - context) // num_decodes))
-            start, slope = rise * (context - low), rise * num_decodes
-            times += [base + (start + step * slope) // width for step in range(num_left)]
-            context += num_left * num_decodes
-        return times
+        return run_along(self._decode_only.columns, values, decode_kv_tokens, num_decodes, num_steps)
 
     def _decode_row(self, num_decodes: int) -> tuple[int, ...]:
         """Times of a decode-only step at the columns of its surface, kept for the next call."""

@@ -13,6 +13,8 @@ from rota.base.nearest import did_you_mean
 from rota.serving.api import InstanceLimits, StepTimePredictor
 from rota.serving.predictors.step_time import STEP_TIMES
 from rota.serving.predictors.step_time.fitted import Calibration
+from rota.serving.predictors.step_time.layer_tables import read_layer_tables
+from rota.serving.predictors.step_time.memory import capacity_of
 
 DEFAULT_PROFILE = "llama-3.1-8b-a100"
 
@@ -110,18 +112,40 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str = DEFAULT_PROFILE) -> Profile:
-    """A profile: a path if `name` ends in `.toml`, else one that is shipped.
+    """A profile: a TOML file if `name` ends in `.toml`, one that is shipped, or a folder of layer tables.
 
-    A table that a file names by a relative path is looked for beside the file. Raises `ConfigError` naming the spot.
+    Tables that a file names by a relative path are looked for beside the file. A folder of tables says nothing of
+    memory: its blocks are derived (`capacity_of`), and `source` shows how. Raises `ConfigError` or `DataError` naming
+    the spot.
     """
-    if not name.endswith(".toml"):
-        if name not in profile_names():
-            raise ConfigError(f"unknown profile {name!r}", hint=did_you_mean(name, profile_names()))
+    if name.endswith(".toml"):
+        return _beside(load_toml(name, Profile), Path(name).parent)
+    if name in profile_names():
         return parse_toml((SHIPPED / f"{name}.toml").read_text(encoding="utf-8"), Profile, f"{name}.toml")
-    profile = load_toml(name, Profile)
-    table = profile.step_time.parameters.get("table")
-    if isinstance(table, str) and table.endswith(".csv"):
-        parameters = {**profile.step_time.parameters, "table": str(Path(name).parent / table)}
-        choice = msgspec.structs.replace(profile.step_time, parameters=parameters)
-        profile = msgspec.structs.replace(profile, step_time=choice)
-    return profile
+    if Path(name).is_dir():
+        return _profile_of_tables(name)
+    raise ConfigError(f"unknown profile {name!r}", hint=did_you_mean(name, profile_names()))
+
+
+def _beside(profile: Profile, folder: Path) -> Profile:
+    parameters = dict(profile.step_time.parameters)
+    for key, value in parameters.items():
+        if isinstance(value, str) and (key == "tables" or (key == "table" and value.endswith(".csv"))):
+            parameters[key] = str(folder / value)
+    return msgspec.structs.replace(profile, step_time=StepTimeChoice(profile.step_time.name, parameters))
+
+
+def _profile_of_tables(folder: str) -> Profile:
+    read = read_layer_tables(folder)
+    capacity = capacity_of(read.model, read.gpu)
+    return Profile(
+        model=read.model,
+        accelerator=read.gpu,
+        source=f"layer times of {read.engine}; blocks: {capacity}",
+        step_time=StepTimeChoice("layerwise", {"tables": folder}),
+        limits=Limits(
+            num_blocks=capacity.num_blocks,
+            max_num_seqs=read.max_num_seqs or 256,
+            max_num_batched_tokens=read.max_num_batched_tokens or 2048,
+        ),
+    )

@@ -18,14 +18,42 @@ def interpolated(at: Sequence[int], values: Sequence[int], x: int) -> int:
     return value + (values[right] - value) * (x - low) // (at[right] - low)
 
 
+def run_along(
+    at: Sequence[int], values: Sequence[int], first: int, step: int, num_steps: int, *, plus: int = 0
+) -> list[int]:
+    """`interpolated` at `first`, `first + step` and so on, `num_steps` of them, each with `plus` added; one search for
+    each stretch between two points rather than for each of them."""
+    times: list[int] = []
+    x = first
+    while len(times) < num_steps:
+        if x <= at[0]:
+            num_left = min(num_steps - len(times), (at[0] - x) // step + 1)
+            times += [plus + values[0]] * num_left
+            x += num_left * step
+            continue
+        right = min(bisect_right(at, x), len(at) - 1)
+        low, width = at[right - 1], at[right] - at[right - 1]
+        base, rise = values[right - 1], values[right] - values[right - 1]
+        num_left = num_steps - len(times)
+        if right < len(at) - 1:
+            num_left = min(num_left, -(-(at[right] - x) // step))
+        start, slope = rise * (x - low), rise * step
+        base += plus
+        times += [base + (start + index * slope) // width for index in range(num_left)]
+        x += num_left * step
+    return times
+
+
 class Curve:
     """A function of one whole number through given points: straight between them, flat below, straight on beyond."""
 
     __slots__ = ("_at", "_values")
 
-    def __init__(self, at: Sequence[int], values: Sequence[float]) -> None:
-        """`at` rises. `values` may dip; see `_smoothed`."""
-        flat = [row[0] for row in _smoothed([[round(value)] for value in values])]
+    def __init__(self, at: Sequence[int], values: Sequence[float], *, level: bool = True) -> None:
+        """`at` rises. `values` may dip, and are smoothed (`_smoothed`) unless `level` is off."""
+        flat = [round(value) for value in values]
+        if level:
+            flat = [row[0] for row in _smoothed([[value] for value in flat])]
         self._at, self._values = tuple(at), tuple(flat)
         if len(self._at) == 1:
             self._at, self._values = (*self._at, self._at[0] + 1), (*self._values, self._values[0])
