@@ -11,6 +11,7 @@ from rota.cli.output import Progress, print_json, print_table, say, warn
 from rota.cli.targets import slo_of
 
 if TYPE_CHECKING:
+    from rota.serving.api import InstanceLimits
     from rota.serving.metrics.summary import GroupSummary, Summary
     from rota.serving.sim.run import SimulationConfig, SimulationResult
 
@@ -26,7 +27,7 @@ def simulate(
     trace: Annotated[Path, typer.Option(help="Trace file; the format is recognised from its content.")],
     instances: Annotated[int, typer.Option(help="Number of engines behind the router.")] = 1,
     profile: Annotated[
-        str, typer.Option(help="Model and accelerator: a shipped name or a TOML file.")
+        str, typer.Option(help="Model and accelerator: a shipped name, a TOML file or a folder of layer tables.")
     ] = "llama-3.1-8b-a100",
     stack: Annotated[Path | None, typer.Option(help="Stack file (TOML): which policies decide.")] = None,
     seed: Seed = 0,
@@ -38,6 +39,10 @@ def simulate(
     engine: Annotated[
         Engine, typer.Option(help="Who decides steps: our model of the engine, or vLLM's scheduler with our plug-in.")
     ] = Engine.MODEL,
+    engine_settings: Annotated[
+        Path | None,
+        typer.Option(help="JSON of a real engine's settings (KV blocks and limits); they win over the profile's."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report that opens offline.")] = None,
     journal: Annotated[
         Path | None, typer.Option(help="Write every event and decision; for replay and explain.")
@@ -63,6 +68,7 @@ def simulate(
         rate=None if rate is None else positive("--rate", rate),
         slo=slo_of("--slo", slo),
         engine=engine.value,
+        limits=None if engine_settings is None else _limits(profile, engine_settings),
     )
     for flag, path in (("--report", report), ("--journal", journal)):
         if path is not None:
@@ -71,7 +77,9 @@ def simulate(
     with Progress("simulating", total=num_requests, unit="requests") as progress:
         result = run(config, journal_path=journal, with_digest=digest, on_progress=progress.reached)
     summary = result.summary
-    _say_where_capacity_differs(profile, result)
+    for difference in result.limit_differences:
+        what = "step times of other batches are a guess" if engine_settings is None else "the engine's own is used"
+        warn(f"{difference}; {what}")
     if report is not None:
         with writing("--report", report):
             _write_report(report, config, result)
@@ -84,13 +92,11 @@ def simulate(
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
 
 
-def _say_where_capacity_differs(profile: str, result: "SimulationResult") -> None:
+def _limits(profile: str, engine_settings: Path) -> "InstanceLimits":
+    from rota.serving.predictors.step_time.engine_settings import read_engine_settings
     from rota.serving.predictors.step_time.profiles import load_profile
 
-    timed = load_profile(profile)
-    differences = (line for spec in result.system.instances for line in timed.capacity_differences(spec.limits))
-    for line in dict.fromkeys(differences):
-        warn(f"{line}; step times of other batches are a guess")
+    return read_engine_settings(engine_settings).limits(load_profile(profile).instance_limits())
 
 
 def _write_report(path: Path, config: "SimulationConfig", result: "SimulationResult") -> None:

@@ -59,6 +59,8 @@ class SimulationResult:
     records: list[RequestRecord]
     samples: dict[InstanceId, Samples]
     system: SystemConfig
+    limit_differences: tuple[str, ...] = ()
+    """Where the instances' limits are not those that the profile's step times belong to; KV capacity above all."""
 
 
 def system_config(config: SimulationConfig) -> SystemConfig:
@@ -156,4 +158,6 @@ def simulate(
         version=__version__,
     )
     summary = summarize(cluster.records, facts)
-    return SimulationResult(summary, cluster.records, cluster.sampler.series, system)
+    # All instances have the same limits.
+    differences = profile.capacity_differences(system.instances[0].limits)
+    return SimulationResult(summary, cluster.records, cluster.sampler.series, system, tuple(differences))
