@@ -7,7 +7,7 @@ from rota.serving.predictors.step_time.runs import SkewPredictor, decode_run
 Prefills = tuple[tuple[int, int], ...]
 
 
-MEASURED_DIP = 0.05
+MEASURED_DIP = 0.1
 """How much less a mixed step may take with more in it, where the model reads measured tables."""
 
 
