@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from rota.serving.engines.vllm.facts import read_facts
+from rota.serving.engines.vllm.facts import read_engine, read_facts
 
 pytestmark = pytest.mark.live
 
@@ -102,6 +104,48 @@ def test_a_class_sent_by_header_displaces_inside_the_engines(served: Served) -> 
         assert [each.result() for each in lows] == [160] * 14, "displaced requests end with all of their tokens"
     facts = [step for index in range(2) for step in read_facts(served.folder / f"vllm-{index}.facts.jsonl")]
     assert sum(step.num_displaced for step in facts) > 0
+
+
+def test_the_routers_reports_come_from_the_engines_facts(served: Served) -> None:
+    before = router_metrics(served)
+    stream = served.client.completions.create(
+        model="smollm2-135m", prompt="Once upon a time", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+    )
+    shown = [router_metrics(served) for index, _ in enumerate(stream) if index % 100 == 50]
+    running = [page.get(f'instance_num_requests_running{{instance="vllm-{i}"}}') for page in shown for i in range(2)]
+    assert 1.0 in running, "its own page shows it"
+    after = router_metrics(served)
+    grown = {key: after[key] - before.get(key, 0.0) for key in after}
+    told = {i: grown[f'instance_reports_total{{instance="vllm-{i}",source="facts"}}'] for i in range(2)}
+    probed = {i: grown[f'instance_reports_total{{instance="vllm-{i}",source="probe"}}'] for i in range(2)}
+    busy = max(told, key=lambda index: told[index])
+    assert told[busy] > 5
+    assert told[busy] > 3 * probed[busy], "while steps run, it is hardly ever asked"
+    assert grown[f'instance_decode_tokens_total{{instance="vllm-{busy}"}}'] >= 290
+    assert grown[f'instance_step_seconds_total{{instance="vllm-{busy}"}}'] > 0
+
+    # What the engine itself wrote of its steps, against what the router's machine was told. vLLM's metrics count the
+    # null block, so a report that came from a probe names one block more.
+    facts = served.folder / f"vllm-{busy}.facts.jsonl"
+    engine = read_engine(facts)
+    assert engine is not None
+    ends = {(step.num_running - step.num_finished, step.num_waiting) for step in read_facts(facts)}
+    rows = (json.loads(line) for line in (served.folder / "journal.jsonl").read_text().splitlines())
+    reports = [row["event"]["report"] for row in rows if (row.get("event") or {}).get("type") == "InstanceReported"]
+    of_steps = [
+        (report["num_running"], report["num_waiting"])
+        for report in reports
+        if report["instance_id"] == f"vllm-{busy}" and report["num_blocks"] == engine.limits.num_blocks
+    ]
+    assert len(of_steps) >= told[busy]
+    assert set(of_steps) <= ends
+
+
+def router_metrics(served: Served) -> dict[str, float]:
+    """The router's metrics: name with labels, without `rota:`, to value."""
+    with urllib.request.urlopen(str(served.client.base_url).replace("/v1/", "/metrics")) as page:
+        text = page.read().decode()
+    return {name: float(value) for name, value in re.findall(r"^rota:(\S+) (\S+)$", text, re.MULTILINE)}
 
 
 def test_bad_input_is_answered_in_openais_shape(served: Served) -> None:

@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
+from rota.serving.frontdoor.admin import PATHS
 from rota.serving.model.instance import InstanceLimits
 from rota.testing.router import RunningRouter, running_router
 
@@ -66,6 +67,10 @@ RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
         ("GET /v1/models", RIGHT, 1),
         ("GET /health", RIGHT, 1),
         ("GET /metrics", RIGHT, 1),
+        ("GET /admin/instances", RIGHT, 1),
+        # Names that it thinks up are no instance's, so it drains none under the others' feet.
+        ("POST /admin/instances/{instance_id}/drain", RIGHT, NUM_EXAMPLES),
+        ("POST /admin/instances/{instance_id}/undrain", RIGHT, NUM_EXAMPLES),
     ],
 )
 def test_every_answer_is_one_that_the_description_promises(
@@ -108,4 +113,4 @@ def test_the_description_is_valid_and_names_what_is_served(running: RunningRoute
     from rota.serving.frontdoor.openapi import describe
 
     description = json.loads(json.dumps(describe(HttpLimits())))
-    assert set(description["paths"]) == set(running.router.door._routes)
+    assert set(description["paths"]) == {*running.router.door._routes, *PATHS}

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import msgspec
 
+from rota.base.instant import Duration
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 
@@ -56,6 +57,21 @@ class EngineStatus(msgspec.Struct, frozen=True):
     spec: InstanceSpec
     models: tuple[dict[str, object], ...] = ()
     """Entries of its `/v1/models`."""
+
+
+class StepTotals(msgspec.Struct, frozen=True):
+    """What the steps of an engine added up to since it was started."""
+
+    num_steps: int = 0
+    step_time: Duration = Duration(0)
+    decision_time: Duration = Duration(0)
+    """Of that, what our policies took."""
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
+    num_preempted: int = 0
+    num_displaced: int = 0
 
 
 class Engine(Protocol):

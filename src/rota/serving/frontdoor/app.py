@@ -9,7 +9,9 @@ import msgspec
 
 from rota.base.instant import Duration, to_seconds
 from rota.serving.engines.engine import EngineCall, Headers
+from rota.serving.frontdoor.admin import INSTANCES, InstanceAdmin
 from rota.serving.frontdoor.http1 import Exchange, HttpLimits, HttpServer
+from rota.serving.frontdoor.instance_metrics import InstanceCollector
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
 from rota.serving.frontdoor.openapi import describe
 from rota.serving.frontdoor.problems import Problem
@@ -39,9 +41,11 @@ class FrontDoor:
         self.cluster = cluster
         self.watches = watches
         self.telemetry = Telemetry()
+        self.telemetry.registry.register(InstanceCollector(cluster, watches))
         self.server = HttpServer(self._handle, limits=limits, refused=self._refused)
         self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens)
         self._description = msgspec.json.encode(describe(self.server.limits))
+        self._admin = InstanceAdmin(cluster, self._send)
         self._routes: dict[str, tuple[str, Callable[[Exchange], None]]] = {
             CHAT: ("POST", self._generate),
             COMPLETIONS: ("POST", self._generate),
@@ -49,12 +53,13 @@ class FrontDoor:
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
             "/openapi.json": ("GET", self._openapi),
+            INSTANCES: ("GET", self._admin.answer),
         }
 
     def _handle(self, exchange: Exchange) -> None:
         request = exchange.request
         try:
-            route = self._routes.get(request.path)
+            route = self._route(request.path)
             if route is None:
                 raise Problem(404, f"there is no {request.path or 'such path'} here", code="not_found")
             method, answer = route
@@ -67,9 +72,15 @@ class FrontDoor:
             _log.exception("while answering %s %s", request.method, request.path)
             self._answer_problem(exchange, Problem(500, "an internal error of the router", code="internal_error"))
 
+    def _route(self, path: str) -> tuple[str, Callable[[Exchange], None]] | None:
+        """Method and handler of a path, or None."""
+        if path.startswith(INSTANCES + "/"):
+            return "POST", self._admin.answer
+        return self._routes.get(path)
+
     def _answer_problem(self, exchange: Exchange, problem: Problem) -> None:
         headers = problem.headers()
-        route = self._routes.get(exchange.request.path)
+        route = self._route(exchange.request.path)
         if problem.status == 405 and route is not None:
             headers.append((b"allow", b"GET, HEAD" if route[0] == "GET" else route[0].encode()))
         self.count(exchange, problem.status)
@@ -81,7 +92,8 @@ class FrontDoor:
     def count(self, exchange: Exchange, status: int) -> None:
         """Count an answer."""
         path = exchange.request.path
-        self.telemetry.answered(path if path in self._routes else "other", status)
+        known = path if path in self._routes else INSTANCES if path.startswith(INSTANCES + "/") else "other"
+        self.telemetry.answered(known, status)
 
     # --- endpoints ---------------------------------------------------------------------------------------------------
 
@@ -96,17 +108,20 @@ class FrontDoor:
 
     def _models(self, exchange: Exchange) -> None:
         merged: dict[object, dict[str, object]] = {}
-        for _, status in sorted(self.cluster.statuses.items()):
+        for instance_id, status in sorted(self.cluster.statuses.items()):
+            if instance_id in self.cluster.drained:
+                continue
             for model in status.models:
                 merged.setdefault(model.get("id"), model)
         self._send(exchange, 200, {"object": "list", "data": list(merged.values())})
 
     def _health(self, exchange: Exchange) -> None:
-        num_ready = len(self.cluster.statuses)
-        instances = {
-            watch.engine.id: {"ready": watch.is_ready, "why_not": None if watch.is_ready else watch.last_error}
-            for watch in self.watches
-        }
+        instances = {}
+        for watch in self.watches:
+            is_ready = self.cluster.takes_requests(watch.engine.id)
+            why_not = None if is_ready else "drained" if watch.is_ready else watch.last_error
+            instances[watch.engine.id] = {"ready": is_ready, "why_not": why_not}
+        num_ready = sum(instance["ready"] is True for instance in instances.values())
         healthy = num_ready > 0 and not self.server.draining
         self._send(
             exchange,
@@ -115,12 +130,6 @@ class FrontDoor:
         )
 
     def _metrics(self, exchange: Exchange) -> None:
-        in_flight = dict.fromkeys(self.cluster.engines, 0)
-        for flight in self.cluster.flights.values():
-            if flight.attempt is not None and not flight.attempt.is_over:
-                in_flight[flight.attempt.instance_id] += 1
-        for engine_id, num_requests in in_flight.items():
-            self.telemetry.set_instance(engine_id, num_requests, engine_id in self.cluster.statuses)
         self.telemetry.unfinished.set(len(self.cluster.flights))
         self.count(exchange, 200)
         exchange.respond(200, _TEXT, self.telemetry.page())

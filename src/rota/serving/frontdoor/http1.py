@@ -5,6 +5,7 @@ never reaches it. The handler is a plain function; it answers at once or later, 
 """
 
 import asyncio
+import ipaddress
 import time
 from collections import deque
 from collections.abc import Callable
@@ -146,6 +147,17 @@ class Exchange:
         if not self.done:
             self.done = True
             self._connection.cut()
+
+    @property
+    def is_from_here(self) -> bool:
+        """Whether the client's end of the connection is on this machine."""
+        transport = self._connection.transport
+        peer = None if transport is None else transport.get_extra_info("peername")
+        if not peer:
+            return False
+        address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return (mapped or address).is_loopback
 
     @property
     def close_after(self) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from rota.serving.frontdoor.admin import DRAIN, INSTANCES, UNDRAIN
 from rota.serving.frontdoor.bodies import Body, ContentPart, Message
 from rota.serving.frontdoor.http1 import HttpLimits
 
@@ -39,6 +40,15 @@ def describe(limits: HttpLimits) -> dict[str, Any]:
             },
             "/metrics": {"get": _page("metrics", "Prometheus text format", "text/plain", None)},
             "/openapi.json": {"get": _page("describe", "This description", _JSON, None)},
+            INSTANCES: {
+                "get": _page("listInstances", "Every instance", _JSON, "Instances", more=_administered("403"))
+            },
+            DRAIN: {
+                "post": _instance_change("drainInstance", "It takes nothing new, and finishes what it has")
+            },
+            UNDRAIN: {
+                "post": _instance_change("undrainInstance", "It takes requests again, once it is well")
+            },
         },
         "components": {"schemas": _schemas()},
     }
@@ -87,6 +97,19 @@ def _page(
 def _answer(text: str, media_type: str, schema: str | None) -> dict[str, Any]:
     content = {"$ref": f"#/components/schemas/{schema}"} if schema else {}
     return {"description": text, "content": {media_type: {"schema": content}}}
+
+
+def _instance_change(operation: str, text: str) -> dict[str, Any]:
+    name = {"name": "instance_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    return {**_page(operation, text, _JSON, "Instance", more=_administered("403", "404")), "parameters": [name]}
+
+
+def _administered(*statuses: str) -> dict[str, Any]:
+    texts = {
+        "403": "Instances are administered from the router's own machine, and not through a proxy or a browser",
+        "404": "There is no such instance",
+    }
+    return {status: {"description": texts[status], "content": {_JSON: {"schema": _ERROR}}} for status in statuses}
 
 
 def _identity_headers() -> list[dict[str, Any]]:
@@ -163,6 +186,22 @@ def _schemas() -> dict[str, Any]:
         "type": "object",
         "required": ["object", "data"],
         "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": {"type": "object"}}},
+    }
+    components["Instance"] = {
+        "type": "object",
+        "required": ["id", "object", "state", "num_requests"],
+        "properties": {
+            "id": {"type": "string"},
+            "object": {"const": "instance"},
+            "state": {"enum": ["ready", "draining", "drained", "unavailable"]},
+            "num_requests": {"type": "integer", "minimum": 0},
+        },
+    }
+    instances = {"type": "array", "items": {"$ref": "#/components/schemas/Instance"}}
+    components["Instances"] = {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {"object": {"const": "list"}, "data": instances},
     }
     components["Health"] = {
         "type": "object",

@@ -13,6 +13,7 @@ from rota.runtime.live import LiveLoop
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.engines.engine import Engine
 from rota.serving.engines.managed import ManagedEngine
+from rota.serving.engines.vllm.engine import VllmEngine
 from rota.serving.frontdoor.app import SHUTTING_DOWN, FrontDoor
 from rota.serving.frontdoor.http1 import HttpLimits
 from rota.serving.live.cluster import LiveCluster
@@ -80,6 +81,8 @@ class Router:
         for engine, watch in zip(self.engines, self.watches, strict=True):
             if isinstance(engine, ManagedEngine):
                 engine.on_exit(watch.engine_exited)
+            if isinstance(engine, VllmEngine):
+                engine.on_report(watch.told)
             self._started.append(engine)
             await engine.start()
             self._tasks.append(asyncio.create_task(watch.run(), name=f"watch {engine.id}"))

@@ -38,12 +38,6 @@ class Telemetry:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._in_flight = Gauge(
-            "rota:num_requests_in_flight", "Dispatched and not yet ended", ["instance"], registry=self.registry
-        )
-        self._ready = Gauge(
-            "rota:instance_ready", "1 if the instance takes requests", ["instance"], registry=self.registry
-        )
         self.unfinished = Gauge("rota:num_requests_unfinished", "Entered and not yet ended", registry=self.registry)
 
     def answered(self, endpoint: str, status: int) -> None:
@@ -52,11 +46,6 @@ class Telemetry:
         if child is None:
             child = self._requests_of[(endpoint, status)] = self._requests.labels(endpoint, str(status))
         child.inc()
-
-    def set_instance(self, instance: str, num_in_flight: int, ready: bool) -> None:
-        """State of one instance, set when the page is asked for."""
-        self._in_flight.labels(instance).set(num_in_flight)
-        self._ready.labels(instance).set(1 if ready else 0)
 
     def page(self) -> bytes:
         """The Prometheus text format."""

@@ -25,6 +25,7 @@ from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
     FirstTokenSeen,
+    InstanceDraining,
     InstanceLost,
     InstanceReported,
     InstanceStarted,
@@ -246,7 +247,9 @@ class LiveCluster:
         self.flights: dict[RequestId, _Flight] = {}
         """Unfinished requests, oldest first. Written here and by the attempts only."""
         self.statuses: dict[InstanceId, EngineStatus] = {}
-        """The instances that are ready, and what they are."""
+        """The instances that are well, and what they are."""
+        self.drained: set[InstanceId] = set()
+        """The instances that were told to take nothing new, whether they are well or not."""
         loop.add_machine(CLUSTER, machine, self._carry_out)
 
     # --- from the front door -----------------------------------------------------------------------------------------
@@ -286,12 +289,39 @@ class LiveCluster:
             self.tell(ClientLeft(request_id))
             flight.client.on_failed(reason, None)
 
+    def drain(self, instance_id: InstanceId) -> None:
+        """Dispatch nothing more to an instance, which finishes what it has; also after a restart, until `undrain`."""
+        if instance_id not in self.drained:
+            self.drained.add(instance_id)
+            self.tell(InstanceDraining(instance_id))
+
+    def undrain(self, instance_id: InstanceId) -> None:
+        """Take an instance back, as one that has just started: what it has cached is found out anew."""
+        if instance_id in self.drained:
+            self.drained.discard(instance_id)
+            status = self.statuses.get(instance_id)
+            if status is not None:
+                self.tell(InstanceStarted(status.spec))
+
+    def takes_requests(self, instance_id: InstanceId) -> bool:
+        """Whether an instance is well and not drained."""
+        return instance_id in self.statuses and instance_id not in self.drained
+
+    def num_in_flight(self) -> dict[InstanceId, int]:
+        """Requests that were dispatched and have not ended, for each instance."""
+        counts = dict.fromkeys(self.engines, 0)
+        for flight in self.flights.values():
+            if flight.attempt is not None and not flight.attempt.is_over:
+                counts[flight.attempt.instance_id] += 1
+        return counts
+
     # --- from those who watch the engines ----------------------------------------------------------------------------
 
     def started(self, status: EngineStatus) -> None:
-        """An instance is ready, for the first time or again."""
+        """An instance is well, for the first time or again. One that was drained stays out."""
         self.statuses[status.spec.id] = status
-        self.tell(InstanceStarted(status.spec))
+        if status.spec.id not in self.drained:
+            self.tell(InstanceStarted(status.spec))
 
     def lost(self, instance_id: InstanceId, reason: str) -> None:
         """An instance died or cannot be reached: its requests are reported one by one."""

@@ -5,9 +5,13 @@ import asyncio
 import msgspec
 
 from rota.base.errors import EngineError
-from rota.base.instant import Duration
-from rota.serving.engines.engine import Engine
+from rota.base.instant import Duration, Instant
+from rota.serving.engines.engine import Engine, StepTotals
 from rota.serving.live.cluster import LiveCluster
+from rota.serving.model.instance import InstanceReport
+
+FACTS, PROBE = "facts", "probe"
+"""Where a report comes from: the engine's own facts of its steps, or an answer to our asking."""
 
 
 class WatchSettings(msgspec.Struct, frozen=True):
@@ -27,6 +31,12 @@ class EngineWatch:
         self.engine = engine
         self.last_error: str | None = "not probed yet"
         """Why the engine is not ready; None while it is."""
+        self.last_report: InstanceReport | None = None
+        """The last that the cluster was told of its load; None before the first, and while it is lost."""
+        self.num_reports = {FACTS: 0, PROBE: 0}
+        """How many reports there were, by where they come from."""
+        self.steps: StepTotals | None = None
+        """What its steps added up to, if it says."""
         self._cluster = cluster
         self._settings = settings or WatchSettings()
         self._num_failures = 0
@@ -38,7 +48,14 @@ class EngineWatch:
     def engine_exited(self, reason: str) -> None:
         """The engine's process ended: there is nothing to probe for."""
         self.last_error = reason
+        self.last_report = None
         self._cluster.lost(self.engine.id, reason)
+
+    def told(self, report: InstanceReport, age: Duration, steps: StepTotals) -> None:
+        """The engine told of itself, unasked; `age` is how long ago it was as it says."""
+        self.steps = steps
+        now = self._cluster.loop.now()
+        self._pass_on(report, Instant(now - age), age, FACTS)
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -57,6 +74,7 @@ class EngineWatch:
                 self.last_error = error.message
             elif self._num_failures >= self._settings.num_failures_max:
                 self.last_error = error.message
+                self.last_report = None
                 self._cluster.lost(self.engine.id, f"{self._num_failures} probes in a row failed: {error.message}")
             return
         self._num_failures = 0
@@ -71,6 +89,11 @@ class EngineWatch:
             report = await self.engine.report()
         except EngineError:
             return  # The next probe decides what this means.
-        if report is not None and self.is_ready:
-            report = msgspec.structs.replace(report, observed_at=asked_at)
-            self._cluster.reported(report, Duration(self._cluster.loop.now() - asked_at))
+        if report is not None:
+            self._pass_on(report, asked_at, Duration(self._cluster.loop.now() - asked_at), PROBE)
+
+    def _pass_on(self, report: InstanceReport, observed_at: Instant, delay: Duration, source: str) -> None:
+        if self.is_ready:
+            self.last_report = msgspec.structs.replace(report, observed_at=observed_at)
+            self.num_reports[source] += 1
+            self._cluster.reported(self.last_report, delay)
