@@ -2,62 +2,23 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from math import inf, nan
+from itertools import islice
+from math import inf, sqrt
 
 import msgspec
 
 from rota.base.instant import NANOSECONDS_PER_SECOND, Duration
 from rota.base.random_streams import RandomStreams, Stream
 from rota.serving.model.request import DEFAULT_TENANT, TenantId
+from rota.serving.workload.arrival_process import ArrivalProcess
 from rota.serving.workload.arrivals import MAX_TOKENS, Arrival
-
-PREFIX_BLOCK_TOKENS = 16
-"""Granularity of shared prefixes: vLLM's block size, so that no sharing is lost to rounding."""
+from rota.serving.workload.conversations import Conversations, ConversationSampler
+from rota.serving.workload.distributions import Lengths, QuantileSampler, check, share_below
+from rota.serving.workload.formats.prefixes import PREFIX_BLOCK_TOKENS
+from rota.serving.workload.reuse import PrefixReuse, ReuseSampler
 
 _GROUP_STRIDE = 2**32
 """Ids of one group's blocks lie below the next group's."""
-
-
-class ArrivalProcess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Requests a second and how bursty: gamma-distributed gaps with coefficient of variation `cv`, 1 being Poisson."""
-
-    rate: float
-    cv: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check(0 < self.rate < inf, "rate", "positive", self.rate)
-        _check(0.01 <= self.cv <= 100, "cv", "from 0.01 to 100", self.cv)
-
-
-class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A distribution by its quantiles: `{"0" = 16, "0.5" = 512, "0.9" = 2048, "1" = 4096}`, straight lines in between.
-
-    Quantiles 0 and 1 must be given; lengths are at least 1 and do not fall.
-    """
-
-    quantiles: dict[str, int]
-
-    def __post_init__(self) -> None:
-        points = self.points()
-        at, values = [p for p, _ in points], [value for _, value in points]
-        ends = bool(at) and at[0] == 0 and at[-1] == 1
-        _check(ends, "quantiles", "given at 0 and at 1", list(self.quantiles))
-        _check(len(set(at)) == len(at), "quantiles", "given once each", list(self.quantiles))
-        _check(values[0] >= 1, "quantiles", "of lengths of at least 1", values[0])
-        _check(values[-1] <= MAX_TOKENS, "quantiles", f"of lengths of at most {MAX_TOKENS}", values[-1])
-        _check(values == sorted(values), "quantiles", "of lengths that do not fall", values)
-
-    def points(self) -> list[tuple[float, int]]:
-        """The quantiles as numbers, in order."""
-        points = []
-        for text, value in self.quantiles.items():
-            try:
-                at = float(text)
-            except ValueError:
-                at = nan
-            _check(0 <= at <= 1, "quantiles", "keyed by numbers from 0 to 1", text)
-            points.append((at, value))
-        return sorted(points)
 
 
 class SharedPrefixes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,9 +29,9 @@ class SharedPrefixes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(1 <= self.num_groups < _GROUP_STRIDE, "num_groups", "at least 1", self.num_groups)
-        _check(1 <= self.num_tokens <= MAX_TOKENS, "num_tokens", "at least 1", self.num_tokens)
-        _check(0 <= self.share <= 1, "share", "from 0 to 1", self.share)
+        check(1 <= self.num_groups < _GROUP_STRIDE, "num_groups", "at least 1", self.num_groups)
+        check(1 <= self.num_tokens <= MAX_TOKENS, "num_tokens", "at least 1", self.num_tokens)
+        check(0 <= self.share <= 1, "share", "from 0 to 1", self.share)
 
 
 class RequestClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,8 +44,8 @@ class RequestClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: Lengths | None = None
 
     def __post_init__(self) -> None:
-        _check(0 < self.share < inf, "share", "positive", self.share)
-        _check(bool(self.tenant), "tenant", "not empty", self.tenant)
+        check(0 < self.share < inf, "share", "positive", self.share)
+        check(bool(self.tenant), "tenant", "not empty", self.tenant)
 
 
 class SyntheticWorkload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,25 +60,19 @@ class SyntheticWorkload(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     output: Lengths
     prefix: SharedPrefixes | None = None
     classes: tuple[RequestClass, ...] = ()
+    length_correlation: float = 0.0
+    """Between prompt and output: of the normal scores of the two (a Gaussian copula), so that both distributions stay
+    what they are."""
+    reuse: PrefixReuse | None = None
+    sessions: tuple[Conversations, ...] = ()
+    """Kinds of session; every open row is the first of one then."""
 
     def __post_init__(self) -> None:
-        _check(self.num_requests >= 1, "num_requests", "at least 1", self.num_requests)
-
-
-class QuantileSampler:
-    """Draws lengths from a piecewise-linear inverse distribution function."""
-
-    def __init__(self, lengths: Lengths) -> None:
-        self._points = lengths.points()
-        self._at = [at for at, _ in self._points]
-
-    def draw(self, stream: Stream) -> int:
-        """One length."""
-        at = stream.random()
-        # The quantile at 1 closes the last interval: random() is below 1.
-        right = bisect_right(self._at, at)
-        (low, below), (high, above) = self._points[right - 1], self._points[right]
-        return round(below + (above - below) * (at - low) / (high - low))
+        check(self.num_requests >= 1, "num_requests", "at least 1", self.num_requests)
+        check(-1 <= self.length_correlation <= 1, "length_correlation", "from -1 to 1", self.length_correlation)
+        kinds = [name for name in ("prefix", "reuse", "sessions") if getattr(self, name)]
+        check(len(kinds) <= 1, " and ".join(kinds) or "prefix", "given one at a time", kinds)
+        check(not (self.sessions and self.classes), "classes", "left out with sessions, which have their own", "both")
 
 
 def generate(workload: SyntheticWorkload, streams: RandomStreams) -> Iterator[Arrival]:
@@ -125,27 +80,65 @@ def generate(workload: SyntheticWorkload, streams: RandomStreams) -> Iterator[Ar
 
     Each kind of draw has a stream of its own, so that e.g. another rate leaves the lengths alone.
     """
-    gaps, prompts = streams.stream("workload.gaps"), streams.stream("workload.prompt_tokens")
-    outputs, classes = streams.stream("workload.output_tokens"), streams.stream("workload.classes")
-    groups = streams.stream("workload.prefixes")
-    # A gamma distribution has cv = 1 / sqrt(shape); the scale then sets the mean to 1 / rate.
-    shape = 1.0 / workload.arrivals.cv**2
-    scale = 1.0 / (workload.arrivals.rate * shape)
-    mix = _Mixture(workload)
-    at = 0.0
-    for _ in range(workload.num_requests):
-        at += gaps.gamma(shape, scale)
-        kind, prompt, output = mix.draw(classes)
-        num_prompt_tokens = prompt.draw(prompts)
-        yield Arrival(
-            at=Duration(round(at * NANOSECONDS_PER_SECOND)),
+    instants = workload.arrivals.instants(streams.stream("workload.gaps"))
+    if workload.sessions:
+        yield from islice(_sessions(workload, instants, streams), workload.num_requests)
+        return
+    bodies = _Bodies(workload, streams)
+    for at in islice(instants, workload.num_requests):
+        yield bodies.draw(Duration(round(at * NANOSECONDS_PER_SECOND)))
+
+
+def sized(workload: SyntheticWorkload, num_requests: int) -> SyntheticWorkload:
+    """The same workload with so many requests."""
+    return msgspec.structs.replace(workload, num_requests=num_requests)
+
+
+def _sessions(workload: SyntheticWorkload, instants: Iterator[float], streams: RandomStreams) -> Iterator[Arrival]:
+    sampler = ConversationSampler(workload.sessions, workload.prompt, workload.output, streams)
+    for number, at in enumerate(instants):
+        yield from sampler.session(f"s-{number}", round(at * NANOSECONDS_PER_SECOND))
+
+
+class _Bodies:
+    """Draws all of a request but when it comes."""
+
+    def __init__(self, workload: SyntheticWorkload, streams: RandomStreams) -> None:
+        self._prompts, self._outputs = (
+            streams.stream("workload.prompt_tokens"),
+            streams.stream("workload.output_tokens"),
+        )
+        self._classes, self._groups = streams.stream("workload.classes"), streams.stream("workload.prefixes")
+        self._mix = _Mixture(workload)
+        self._prefix = workload.prefix
+        self._correlation = workload.length_correlation
+        self._reuse = None if workload.reuse is None else ReuseSampler(workload.reuse, streams.stream("workload.reuse"))
+        self._block_tokens = PREFIX_BLOCK_TOKENS if workload.reuse is None else workload.reuse.block_tokens
+
+    def draw(self, at: Duration) -> Arrival:
+        """The next request, at this instant."""
+        kind, prompt, output = self._mix.draw(self._classes)
+        num_prompt_tokens, num_output_tokens = self._lengths(prompt, output)
+        if self._reuse is not None:
+            hashes = self._reuse.prefix(num_prompt_tokens)
+        else:
+            hashes = _prefix(self._prefix, num_prompt_tokens, self._groups)
+        return Arrival(
+            at=at,
             num_prompt_tokens=num_prompt_tokens,
-            num_output_tokens=output.draw(outputs),
-            prefix_hashes=_prefix(workload.prefix, num_prompt_tokens, groups),
-            hash_block_tokens=PREFIX_BLOCK_TOKENS,
+            num_output_tokens=num_output_tokens,
+            prefix_hashes=hashes,
+            hash_block_tokens=self._block_tokens,
             tenant=TenantId(kind.tenant),
             priority=kind.priority,
         )
+
+    def _lengths(self, prompt: QuantileSampler, output: QuantileSampler) -> tuple[int, int]:
+        if not self._correlation:
+            return prompt.draw(self._prompts), output.draw(self._outputs)
+        score = self._prompts.normal()
+        other = self._correlation * score + sqrt(1 - self._correlation**2) * self._outputs.normal()
+        return round(prompt.value(share_below(score))), round(output.value(share_below(other)))
 
 
 class _Mixture:
@@ -176,8 +169,3 @@ def _prefix(prefix: SharedPrefixes | None, num_prompt_tokens: int, stream: Strea
         return ()
     num_blocks = min(prefix.num_tokens, num_prompt_tokens) // PREFIX_BLOCK_TOKENS
     return tuple(range(group * _GROUP_STRIDE, group * _GROUP_STRIDE + num_blocks))
-
-
-def _check(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {expected}, got {got!r}")
