@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rota.serving.metrics.summary import GroupSummary, Summary
     from rota.serving.sim.run import SimulationConfig, SimulationResult
 
+HEADER_LINES = {"azure": 1, "burstgpt": 1, "mooncake": 0, "rota": 1}
+"""Formats with a request a line, and how many lines come before."""
+
 
 class Engine(StrEnum):
     """Who decides an instance's steps."""
@@ -74,7 +77,7 @@ def simulate(
         if path is not None:
             with writing(flag, path):
                 path.open("ab").close()
-    with Progress("simulating", total=num_requests, unit="requests") as progress:
+    with Progress("simulating", total=_num_requests(trace, num_requests), unit="requests") as progress:
         result = run(config, journal_path=journal, with_digest=digest, on_progress=progress.reached)
     summary = result.summary
     for difference in result.limit_differences:
@@ -90,6 +93,29 @@ def simulate(
         _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
+
+
+def _num_requests(trace: Path, num_requests: int | None) -> int | None:
+    """How many requests are about to be played, for progress only: the lines of the trace, which are counted and not
+    read. None for formats that do not have a line a request."""
+    from rota.base.config import load_toml
+    from rota.serving.workload.formats import recognise
+    from rota.serving.workload.generator import SyntheticWorkload
+
+    name = recognise(trace).name
+    if name == "synthetic":
+        num_rows = load_toml(trace, SyntheticWorkload).num_requests
+    elif name in HEADER_LINES:
+        last = b"\n"
+        num_rows = -HEADER_LINES[name]
+        with trace.open("rb") as file:
+            while block := file.read(1 << 20):
+                num_rows += block.count(b"\n")
+                last = block
+        num_rows += not last.endswith(b"\n")
+    else:
+        return num_requests
+    return num_rows if num_requests is None else min(num_rows, num_requests)
 
 
 def _limits(profile: str, engine_settings: Path) -> "InstanceLimits":
