@@ -75,6 +75,8 @@ class Registry:
         arguments = checked_arguments(factory, parameters or {}, services or {}, spot)
         try:
             return factory(**arguments)
+        except ConfigError as error:
+            raise ConfigError(f"{spot}: {error.message}", hint=error.hint) from error
         except ValueError as error:
             raise ConfigError(f"{spot}: {error}") from error
 

@@ -27,6 +27,8 @@ class Tuned:
     ) -> None:
         if factor <= 0:
             raise ValueError(f"factor must be positive, not {factor}")
+        if factor > 9:
+            raise ConfigError(f"factor must be at most 9, not {factor}", hint="8 is good")
         self.settings = (factor, mode, num_slots, names)
 
 
@@ -88,6 +90,7 @@ def test_services_are_given_to_those_who_name_them_and_cannot_be_set_by_a_user()
         ("tuned", {"mode": "sotf"}, "parameter 'mode': invalid enum value 'sotf'", None),
         ("tuned", {"names": "x"}, "parameter 'names': expected `array`, got `str`", None),
         ("tuned", {"factor": -1.0}, "factor must be positive, not -1.0", None),
+        ("tuned", {"factor": 10.0}, "scheduling rule 'tuned': factor must be at most 9, not 10.0", "8 is good"),
         ("needy", {"num_choices": 2}, "parameter 'stream' is missing", None),
         ("needy", {"stream": 1, "num_choices": 2}, "parameter 'stream': expected `Stream`", None),
         ("no_module", {}, "cannot be imported from registry_plugins.missing:Plain", None),
