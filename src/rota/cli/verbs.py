@@ -21,6 +21,7 @@ TRACE = {
     "scale": Verb("rota.cli.trace:scale", "Make a trace faster or slower, its requests longer or shorter"),
     "split": Verb("rota.cli.trace:split", "Split a trace in two, to fit on one part and check on the other"),
     "convert": Verb("rota.cli.trace:convert", "Write a trace in another format, saying what that loses"),
+    "fit": Verb("rota.cli.trace_fit:fit", "Fit a description to a trace, and say how well it fits"),
 }
 
 
@@ -30,10 +31,11 @@ VERBS = {
         "rota.cli.compare:compare", "Say which stack serves a workload better, and which differences are real"
     ),
     "size": Verb("rota.cli.size:size", "Find the smallest fleet that keeps a promise, and say how sure that is"),
+    "sweep": Verb("rota.cli.sweep:sweep", "Run all combinations of some parameters, on all cores or a cluster"),
     "serve": Verb("rota.cli.serve:serve", "Serve the OpenAI API in front of engines"),
     "bench": Verb("rota.cli.bench:bench", "Load any OpenAI-compatible server, open loop, and measure it"),
     "calibrate": Verb("rota.cli.calibrate:calibrate", "Fit step times to a live engine, with their error inside"),
-    "trace": Verb("", "Describe, sample, scale, split and convert traces", TRACE),
+    "trace": Verb("", "Describe, sample, scale, split, convert and fit traces", TRACE),
     "replay": Verb("rota.cli.replay:replay", "Feed a journal into fresh machines and compare what they decide"),
     "explain": Verb("rota.cli.explain:explain", "Say why a request ran where and when it did"),
     "export": Verb("rota.cli.export:export", "Turn a journal into a Perfetto trace or a CSV file"),

@@ -130,7 +130,7 @@ class RayRunner:
 
     def __init__(self, address: str | None = None) -> None:
         """Raises `ConfigError` where Ray is not installed or no cluster answers."""
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # said, so that Ray does not warn about it
         try:
             import ray
         except ImportError:
@@ -138,7 +138,8 @@ class RayRunner:
                 "--on ray: Ray is not installed", hint="install Rota with its extra: pip install 'rota[ray]'"
             ) from None
         self._ray = ray
-        if not ray.is_initialized():
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
             try:
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -146,6 +147,14 @@ class RayRunner:
                     f"--on ray: no cluster answers: {' '.join(str(error).split())[:200]}",
                     hint="start one with ray start --head, or unset RAY_ADDRESS to have one started here",
                 ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the cluster; one that was started here ends."""
+        if self._is_ours:
+            self._ray.shutdown()
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], on_tick: Callable[[], None] = lambda: None
