@@ -5,8 +5,11 @@ lengths and burstiness of their own, and their simulation gets the instants at w
 that the server counted. Rounds of calibration and unseen loads alternate, and the profile is fitted to all rounds'
 calibration, so that a machine which others use meanwhile is measured in the state in which it is predicted.
 
-Beside each error stands what the live figure is itself worth, the difference of its two runs; and what is left of the
-error when the simulation is told how fast the machine was during that very run, which parts the machine from the model.
+Beside each error stands what the live figure is itself worth: the difference of its two runs. Where neighbours on the
+same cores stand in the way, the rows in CPU time show what is left without them. They are the same runs on another
+clock, one that stands still while the engine's step has no core: steps take their CPU time, and requests come and
+tokens leave at that clock's instants. What the engine decides depends on the order of these alone, so it is the same.
+The profile of these rows is fitted to CPU time.
 """
 
 import asyncio
@@ -15,10 +18,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from benchmarks.truth.row import TruthRow, compared, relative_error
 
@@ -41,7 +43,7 @@ from rota.serving.engines.managed import free_port
 from rota.serving.engines.model_package import MODEL_NAME, prepare_model
 from rota.serving.engines.vllm.facts import EngineFacts, StepRecord
 from rota.serving.engines.vllm.server import VllmServer
-from rota.serving.predictors.step_time.profiles import Profile, StepTimeChoice
+from rota.serving.predictors.step_time.profiles import Profile
 from rota.serving.sim.run import SimulationConfig, simulate
 from rota.serving.workload.arrivals import Arrival
 from rota.serving.workload.formats.azure import AzureFormat
@@ -50,11 +52,14 @@ from rota.serving.workload.generator import Lengths
 GROUP = "live"
 STEP_BOUND = 0.08
 LATENCY_BOUND = 0.15
+QUIET = 0.05
+"""Where neighbours take no more than this share of the steps' time, the bound stands on the wall clock."""
 NUM_ROUNDS = 2
 CALIBRATION_SECONDS = float(os.environ.get("ROTA_TRUTH_LIVE_SECONDS", "120"))
 """Of each round."""
 START_SECONDS = 600.0
 QUANTILES = (50, 99)
+WALL, CPU = "unseen", "unseen, in CPU time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +86,19 @@ class Run:
 
     load: Unseen
     number: int
-    sent: list[Sent]
+    requests: list["Request"]
     steps: Steps
 
 
 @dataclass(frozen=True, slots=True)
-class Latencies:
-    """In ms, one a request."""
+class Request:
+    """What a client sent and saw. Instants in ns."""
 
-    ttft: Floats
-    e2e: Floats
+    sent_at: int
+    first_at: int
+    ended_at: int
+    num_prompt_tokens: int
+    num_output_tokens: int
 
 
 def rows() -> Iterator[TruthRow]:
@@ -99,16 +107,31 @@ def rows() -> Iterator[TruthRow]:
         raise ConfigError("vllm is not installed", hint="make install, or leave the group out")
     model = prepare_model()
     with tempfile.TemporaryDirectory(prefix="rota-live-") as folder:
-        profile, held_out, runs = asyncio.run(_measure(model, Path(folder)))
-        yield from _step_rows(profile, held_out, runs)
+        measured = asyncio.run(_measure(model, Path(folder)))
+        yield from _step_rows(measured)
         for load in LOADS:
-            yield from _latency_rows(profile, load, [run for run in runs if run.load == load], Path(folder))
+            runs = [run for run in measured.runs if run.load == load]
+            yield from _latency_rows(measured.profile, runs, Path(folder), WALL)
+            if measured.cpu_profile is not None:
+                on_cpu = [_in_cpu_time(run) for run in runs]
+                yield from _latency_rows(measured.cpu_profile, on_cpu, Path(folder), CPU)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All that was measured, and what was fitted to it."""
+
+    profile: Profile
+    cpu_profile: Profile | None
+    """Fitted to CPU time; None where that is not known."""
+    held_out: Steps
+    runs: list[Run]
 
 
 # --- live -------------------------------------------------------------------------------------------------------------
 
 
-async def _measure(model: Path, folder: Path) -> tuple[Profile, Steps, list[Run]]:
+async def _measure(model: Path, folder: Path) -> Measured:
     server = VllmServer(
         model=model, port=free_port(), served_model_name=MODEL_NAME, facts=folder / "facts.jsonl", cores="0"
     )
@@ -131,14 +154,20 @@ async def _measure(model: Path, folder: Path) -> tuple[Profile, Steps, list[Run]
                 runs.append(await _run(url, facts, model, load, number))
     steps = steps_of(calibrating, "calibration")
     origin = Origin("benchmarks/truth/live.py", time.strftime("%Y-%m-%d"), "this machine", "this machine's CPU")
-    profile = calibrate(steps, calibrating, engine, origin, front_end=front_end_of(probes, steps))
-    return profile, steps.where(steps.held_out), runs
+    front_end = front_end_of(probes, steps)
+    profile = calibrate(steps, calibrating, engine, origin, front_end=front_end)
+    cpu_profile = None
+    if not np.isnan(steps.cpu_ns).any():
+        on_cpu = replace(steps, step_ns=steps.cpu_ns)
+        cpu_profile = calibrate(on_cpu, calibrating, engine, origin, front_end=front_end)
+    return Measured(profile, cpu_profile, steps.where(steps.held_out), runs)
 
 
 async def _run(url: str, facts: Path, model: Path, load: Unseen, number: int) -> Run:
     began_at = clock()
-    # The plan is the same in every round. Its texts are not, or the engine would know them from the round before.
-    prompts = Prompts(RandomStreams(1000 + number), FileTokenizer(model))
+    # The plan is the same in every round. Its texts are not, or the engine would know them from an earlier run.
+    texts = number * len(LOADS) + LOADS.index(load)
+    prompts = Prompts(RandomStreams(1000 + texts), FileTokenizer(model))
     async with session() as client:
         target = Target(
             client, url, clock, model=MODEL_NAME, endpoint="completions", ignore_eos=True, timeout_seconds=600.0
@@ -146,7 +175,7 @@ async def _run(url: str, facts: Path, model: Path, load: Unseen, number: int) ->
         sent = await send_load(
             _plan(load),
             target,
-            lambda planned: prompts.text(10_000 * number + planned.index, planned.num_prompt_tokens),
+            lambda planned: prompts.text(10_000 * texts + planned.index, planned.num_prompt_tokens),
             clock,
             stop=asyncio.Event(),
         )
@@ -154,8 +183,24 @@ async def _run(url: str, facts: Path, model: Path, load: Unseen, number: int) ->
     if failed is not None:
         raise EngineError(f"{load.name}: a request was not answered: {failed.error_kind}: {failed.detail}")
     await asyncio.sleep(1.5)  # by then an idle engine has written its last steps
-    steps = steps_of([record for record in records_of(facts) if record.at >= began_at], load.name)
-    return Run(load, number, sorted(sent, key=lambda each: each.sent_at), steps)
+    records = [record for record in records_of(facts) if record.at >= began_at]
+    num_cached = sum(record.num_cached_tokens for record in records)
+    if num_cached > 0.01 * sum(each.num_prompt_tokens or 0 for each in sent):
+        raise EngineError(f"{load.name}: {num_cached} prompt tokens were known to the engine, and the trace has none")
+    return Run(load, number, _requests(sent), steps_of(records, load.name))
+
+
+def _requests(sent: Sequence[Sent]) -> list[Request]:
+    return [
+        Request(
+            each.sent_at,
+            each.chunk_at[0],
+            each.chunk_at[-1],
+            each.num_prompt_tokens or each.planned.num_prompt_tokens,
+            each.num_output_tokens,
+        )
+        for each in sorted(sent, key=lambda each: each.sent_at)
+    ]
 
 
 def _plan(load: Unseen) -> list[Planned]:
@@ -165,21 +210,52 @@ def _plan(load: Unseen) -> list[Planned]:
     return list(bounded(plan, num_requests=load.num_requests, duration=None))
 
 
+def _in_cpu_time(run: Run) -> Run:
+    """The run on a clock that goes as fast as the engine's workers compute while a step runs, and as time does else."""
+    steps = run.steps
+    begins, ends = steps.at.astype(np.float64), steps.at + steps.step_ns
+    lost = np.concatenate(([0.0], np.cumsum(np.maximum(0.0, steps.step_ns - steps.cpu_ns))))
+    # Time lost is known at both ends of each step, and grows evenly between them.
+    at, by_then = np.stack((begins, ends), axis=1).ravel(), np.stack((lost[:-1], lost[1:]), axis=1).ravel()
+
+    def instant(wall: int) -> int:
+        return round(wall - float(np.interp(wall, at, by_then)))
+
+    requests = [
+        replace(each, sent_at=instant(each.sent_at), first_at=instant(each.first_at), ended_at=instant(each.ended_at))
+        for each in run.requests
+    ]
+    return replace(run, requests=requests)
+
+
 # --- simulated --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Latencies:
+    """In ms, one a request."""
+
+    ttft: Floats
+    e2e: Floats
+
+
+def _live(run: Run) -> Latencies:
+    return Latencies(
+        ttft=_ms([each.first_at - each.sent_at for each in run.requests]),
+        e2e=_ms([each.ended_at - each.sent_at for each in run.requests]),
+    )
 
 
 def _simulated(profile: Profile, run: Run, folder: Path) -> Latencies:
     """The same requests, at the instants at which they left, through `rota simulate`."""
-    began_at = run.sent[0].sent_at
-    arrivals = [
-        Arrival(
-            at=Duration(each.sent_at - began_at),
-            num_prompt_tokens=each.num_prompt_tokens or each.planned.num_prompt_tokens,
-            num_output_tokens=each.num_output_tokens,
-        )
-        for each in run.sent
-    ]
-    AzureFormat().write(folder / "trace.csv", arrivals)
+    began_at = run.requests[0].sent_at
+    AzureFormat().write(
+        folder / "trace.csv",
+        [
+            Arrival(Duration(each.sent_at - began_at), each.num_prompt_tokens, each.num_output_tokens)
+            for each in run.requests
+        ],
+    )
     write_profile(profile, folder / "profile.toml")
     result = simulate(SimulationConfig(trace=folder / "trace.csv", profile=str(folder / "profile.toml")))
     return Latencies(
@@ -188,45 +264,29 @@ def _simulated(profile: Profile, run: Run, folder: Path) -> Latencies:
     )
 
 
-def _live(run: Run) -> Latencies:
-    return Latencies(
-        ttft=_ms([each.chunk_at[0] - each.sent_at for each in run.sent]),
-        e2e=_ms([each.chunk_at[-1] - each.sent_at for each in run.sent]),
-    )
-
-
-def _predicted(profile: Profile, steps: Steps) -> Floats:
-    """What the profile says of steps that ran."""
-    return predicted(profile.step_time.parameters, steps)
-
-
-def _at_speed_of(profile: Profile, run: Run) -> Profile:
-    """The profile, with all of its times scaled by how much longer that run's steps took in sum than it says."""
-    factor = float(run.steps.step_ns.sum() / _predicted(profile, run.steps).sum())
-    scaled = {
-        name: [[at, each * factor] for at, each in value] if isinstance(value, list) else value * factor
-        for name, value in profile.step_time.parameters.items()
-    }
-    return msgspec.structs.replace(profile, step_time=StepTimeChoice(profile.step_time.name, scaled))
-
-
 # --- compared ---------------------------------------------------------------------------------------------------------
 
 
-def _step_rows(profile: Profile, held_out: Steps, runs: Sequence[Run]) -> Iterator[TruthRow]:
-    calibration = profile.calibration
+def _step_rows(measured: Measured) -> Iterator[TruthRow]:
+    """The bound stands on the wall clock if the machine was quiet, else on CPU time."""
+    calibration = measured.profile.calibration
     assert calibration is not None
+    case, taken = "holdout of the calibration", _taken(measured.held_out)
+    is_quiet = taken <= QUIET or calibration.cpu_mape is None
     alike = "" if calibration.noise is None else f"; alike steps differ by {calibration.noise:.1%}"
     for each in calibration.errors:
         is_all = each.phase == "all"
         note = f"{each.num_steps} steps, bias {each.bias:+.1%}{alike if is_all else ''}"
-        bound = STEP_BOUND if is_all else None
-        yield _error_row("holdout of the calibration", f"step time, {each.phase}: MAPE", each.mape, bound, note)
+        bound = STEP_BOUND if is_all and is_quiet else None
+        yield _error_row(case, f"step time, {each.phase}: MAPE", each.mape, bound, note)
     if calibration.cpu_mape is not None:
-        note = f"neighbours took {_taken(held_out):.1%} of the steps' time"
-        yield _error_row("holdout of the calibration", "step time in CPU time: MAPE", calibration.cpu_mape, None, note)
-    for run in runs:
-        (error, *_) = errors_of(_predicted(profile, run.steps), run.steps.step_ns, run.steps)
+        note = f"neighbours took {taken:.1%} of the steps' time"
+        bound = None if is_quiet else STEP_BOUND
+        yield _error_row(case, "step time in CPU time: MAPE", calibration.cpu_mape, bound, note)
+    for run in measured.runs:
+        (error, *_) = errors_of(
+            predicted(measured.profile.step_time.parameters, run.steps), run.steps.step_ns, run.steps
+        )
         note = f"{error.num_steps} steps, bias {error.bias:+.1%}; neighbours took {_taken(run.steps):.1%}"
         yield _error_row(f"{run.load.name}, run {run.number + 1}", "step time: MAPE", error.mape, None, note)
 
@@ -241,29 +301,32 @@ def _taken(steps: Steps) -> float:
     return float(1 - steps.cpu_ns[known].sum() / steps.step_ns[known].sum()) if known.any() else 0.0
 
 
-def _latency_rows(profile: Profile, load: Unseen, runs: Sequence[Run], folder: Path) -> Iterator[TruthRow]:
+def _latency_rows(profile: Profile, runs: Sequence[Run], folder: Path, what: str) -> Iterator[TruthRow]:
+    """On the wall clock the bound stands where the live figure itself keeps it: where two live runs differ by more,
+    none can be held. In CPU time two runs are two loads, since each lost its time elsewhere; there it always stands."""
     live = [_live(run) for run in runs]
     simulated = [_simulated(profile, run, folder) for run in runs]
-    informed = [_simulated(_at_speed_of(profile, run), run, folder) for run in runs]
     metrics: tuple[tuple[str, Callable[[Latencies], Floats]], ...] = (
         ("TTFT", lambda each: each.ttft),
         ("E2E", lambda each: each.e2e),
     )
     for name, of in metrics:
         for quantile in QUANTILES:
-
-            def pooled(all_runs: Sequence[Latencies], of: Callable = of, quantile: int = quantile) -> float:
-                return float(np.percentile(np.concatenate([of(each) for each in all_runs]), quantile))
-
-            truth = pooled(live)
-            single = [pooled([each]) for each in live]
+            single = [_quantile([of(each)], quantile) for each in live]
+            guessed = [_quantile([of(each)], quantile) for each in simulated]
+            truth = _quantile([of(each) for each in live], quantile)
+            errors = ", ".join(f"{relative_error(rota, one):+.1%}" for rota, one in zip(guessed, single, strict=True))
             spread = (max(single) - min(single)) / truth
-            left = relative_error(pooled(informed), truth)
             yield compared(
-                GROUP, f"{load.name}, unseen", f"{name} p{quantile}", "ms", truth=truth, rota=pooled(simulated),
-                bound=LATENCY_BOUND,
-                note=f"live runs differ by {spread:.1%}; told the machine's speed, the error is {left:+.1%}",
+                GROUP, f"{runs[0].load.name}, {what}", f"{name} p{quantile}", "ms", truth=truth,
+                rota=_quantile([of(each) for each in simulated], quantile),
+                bound=LATENCY_BOUND if spread <= LATENCY_BOUND or what != WALL else None,
+                note=f"single runs: {errors}; live they differ by {spread:.1%}",
             )  # fmt: skip
+
+
+def _quantile(values: Sequence[Floats], quantile: int) -> float:
+    return float(np.percentile(np.concatenate(values), quantile))
 
 
 def _ms(durations: Sequence[int]) -> Floats:

@@ -131,6 +131,18 @@ def test_settings_and_overhead_are_the_engines_own() -> None:
     assert difference == "num_blocks is 450 here, and the engine that was calibrated (vLLM 0.32.0) has 900"
 
 
+def test_a_pause_after_clients_left_is_no_overhead() -> None:
+    records = facts(straight, num_stretches=20, num_steps=30)
+    late, moved = 0, []
+    for number, each in enumerate(records):
+        # Half way through each stretch all clients leave, and the next come a fifth of a second later.
+        left = number % 30 == 15
+        late += 200_000_000 if left else 0
+        num_admitted = each.num_running if left else each.num_admitted
+        moved.append(msgspec.structs.replace(each, at=each.at + late, num_admitted=num_admitted))
+    assert fitted(moved).step_overhead() == pytest.approx(GAP_NS, rel=1e-6)
+
+
 def test_without_the_engines_word_the_limits_are_those_seen() -> None:
     records = facts(straight, cpu=False)
     profile = calibrate(steps_of(records, "facts"), records, None, ORIGIN)

@@ -45,14 +45,15 @@ def calibrate(
     if not held_out.any() or held_out.all():
         raise DataError(f"{origin.source}: too few stretches to hold some out", hint="load the engine for longer")
     fitted, judged = steps.where(~held_out), steps.where(held_out)
-    chosen = choose(fitted, fitted.step_ns)
+    device = "unknown" if engine is None else engine.device
+    chosen = choose(fitted, fitted.undisturbed(device)).scaled_to(fitted, fitted.step_ns)
     parameters = parameters_of(chosen.weights, chosen.shape)
     predicted = chosen.times(judged)
     limits = Limits(**msgspec.structs.asdict(engine.limits)) if engine is not None else _seen_limits(records)
     calibration = Calibration(
         engine="unknown" if engine is None else engine.engine,
         model="unknown" if engine is None else engine.model,
-        device="unknown" if engine is None else engine.device,
+        device=device,
         dtype="unknown" if engine is None else engine.dtype,
         date=origin.date,
         host=origin.host,
@@ -90,7 +91,8 @@ def _cpu_error(fitted: Steps, judged: Steps, chosen: Fit) -> float | None:
     """Error of the same shape on CPU time; None where that was not recorded."""
     if np.isnan(fitted.cpu_ns).any() or np.isnan(judged.cpu_ns).any():
         return None
-    times: Floats = choose(fitted, fitted.cpu_ns, [chosen.shape]).times(judged)
+    of_cpu = choose(fitted, fitted.cpu_ns, [chosen.shape]).scaled_to(fitted, fitted.cpu_ns)
+    times: Floats = of_cpu.times(judged)
     return errors_of(times, judged.cpu_ns, judged)[0].mape
 
 

@@ -14,7 +14,7 @@ _NUM_ROUNDS = 8
 _HUBER = 1.5
 """Residuals beyond so many deviations count in proportion, not squared."""
 _DEVIATION_MIN = 0.01
-_OUTLIER = 3.0
+_OUTLIER = 5.0
 """A step that takes longer than so many times what it should counts as that long in the sum of all."""
 _WORTH = 0.97
 """A shape with more parameters must bring the error below so much of the simpler one's."""
@@ -33,6 +33,13 @@ class Fit:
         """What the fit says the steps take, in ns."""
         return np.asarray(matrix(steps, self.shape) @ self.weights)
 
+    def scaled_to(self, steps: Steps, times: Floats) -> "Fit":
+        """The same, scaled so that the sum of these times is right: latencies are sums of steps, and steps that were
+        disturbed, which only ever take longer, are a part of them. A pause of the machine is not."""
+        said = self.times(steps)
+        factor = float(np.minimum(times, _OUTLIER * said).sum() / said.sum())
+        return Fit(self.shape, self.weights * factor, self.inner_errors)
+
 
 def choose(steps: Steps, target: Floats, shapes: Sequence[Shape] = SHAPES) -> Fit:
     """The simplest shape that errs hardly more than the best, fitted to all of `steps`.
@@ -50,11 +57,7 @@ def choose(steps: Steps, target: Floats, shapes: Sequence[Shape] = SHAPES) -> Fi
 
 def fit(columns: Floats, target: Floats) -> Floats:
     """Weights that are not negative, least squares of relative errors, with those of outliers held down (Huber's
-    weights, found anew in each of a few rounds).
-
-    In the end all are scaled so that the sum of all times is right: latencies are sums of steps, and disturbed steps,
-    which only ever take longer, are a part of them.
-    """
+    weights, found anew in each of a few rounds)."""
     scale = 1.0 / target
     weights = scale
     solution = np.zeros(columns.shape[1])
@@ -63,8 +66,7 @@ def fit(columns: Floats, target: Floats) -> Floats:
         off = np.abs(columns @ solution - target) * scale
         bound = _HUBER * max(_DEVIATION_MIN, 1.4826 * float(np.median(off)))
         weights = scale * np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-12)))
-    predicted = columns @ solution
-    return np.asarray(solution * (np.minimum(target, _OUTLIER * predicted).sum() / predicted.sum()))
+    return solution
 
 
 def _inner_error(steps: Steps, target: Floats, shape: Shape, folds: Ints) -> float:

@@ -20,6 +20,8 @@ NUM_STEPS_MIN = 60
 """Of fewer one cannot keep some out and still fit the rest."""
 _IDLE_SECONDS = 0.4
 """An engine that runs no step for so long has begun a new stretch."""
+_LOSES_LITTLE = 0.1
+"""Of all steps, those that lose least of their time to others."""
 _NUM_STRETCHES_MIN = 10
 HOLDOUT_EVERY, HOLDOUT_FIRST = 5, 2
 """One stretch in so many is held out. Kinds of load come in rounds of four, so that each is held out in turn."""
@@ -35,7 +37,7 @@ class Steps:
     cpu_ns: Floats
     """CPU time of the engine's workers within the step; NaN where it is not known."""
     gap_ns: Floats
-    """From the end of the step before, while the engine had work; NaN after it was idle."""
+    """From the end of the step before; NaN where none of its sequences went on: the engine may have been idle."""
     num_tokens: Floats
     """New tokens of all sequences."""
     num_prefills: Floats
@@ -56,6 +58,14 @@ class Steps:
         """Those steps alone."""
         return Steps(**{name: getattr(self, name)[chosen] for name in self.__slots__})
 
+    def undisturbed(self, device: str) -> Floats:
+        """What the steps would have taken, in ns, had nobody else used their cores: on a CPU engine their CPU time,
+        and what a step that loses little takes beside it; elsewhere, and where that is not known, what they took."""
+        if device != "cpu" or np.isnan(self.cpu_ns).any():
+            return self.step_ns
+        beside = max(0.0, float(np.quantile(self.step_ns - self.cpu_ns, _LOSES_LITTLE)))
+        return np.asarray(self.cpu_ns + beside)
+
     @property
     def held_out(self) -> Flags:
         """Steps of whole stretches of time that no fit may see."""
@@ -72,21 +82,20 @@ def steps_of(records: Sequence[StepRecord], spot: str) -> Steps:
     stretches: list[int] = []
     stretch = 0
     end: int | None = None
-    had_work = False
     for number, record in enumerate(records, start=1):
         if record.step_ns <= 0 or record.at < 0 or record.num_decodes < 0 or record.decode_kv_tokens < 0:
             raise DataError(f"{spot}: step record {number} (step {record.step}): a negative count or time")
         if any(new < 1 or context < 0 for new, context in record.prefills):
             raise DataError(f"{spot}: step record {number} (step {record.step}): a prefill of less than one token")
         gap = None if end is None else record.at - end
-        if gap is not None and (gap < 0 or gap > _IDLE_SECONDS * NANOSECONDS_PER_SECOND):
-            stretch += 1  # the engine was idle, or is another one
+        is_new = gap is not None and (gap < 0 or gap > _IDLE_SECONDS * NANOSECONDS_PER_SECOND)
+        stretch += is_new  # the engine was idle, or is another one
         if record.prefills or record.num_decodes:
             kept.append(record)
-            gaps.append(float(gap) if gap is not None and gap >= 0 and had_work else np.nan)
+            went_on = record.num_running > record.num_admitted
+            gaps.append(float(gap) if gap is not None and went_on and not is_new else np.nan)
             stretches.append(stretch)
         end = record.at + record.step_ns
-        had_work = record.num_running > record.num_finished or record.num_waiting > 0
     if len(kept) < NUM_STEPS_MIN:
         raise DataError(
             f"{spot}: {len(kept)} steps that computed something, and a fit wants {NUM_STEPS_MIN} at least",
