@@ -166,7 +166,7 @@ async def test_a_client_that_leaves_is_noticed_once_and_nothing_is_written_after
         exchanges[0].write(b"y")
         exchanges[0].end()
         exchanges[0].respond(200, [], b"")
-        assert server.num_connections == 0
+        assert not server._connections
 
 
 @pytest.mark.asyncio

@@ -437,10 +437,6 @@ class HttpServer:
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
 
-    @property
-    def num_connections(self) -> int:
-        return len(self._connections)
-
     async def start(self, host: str, port: int) -> None:
         """Listen. Raises OSError where the address cannot be had."""
         loop = asyncio.get_running_loop()
