@@ -56,38 +56,23 @@ def calibrate(
     by those. The steps are kept beside the profile, as NAME.facts.jsonl; --facts with that file fits them again.
     Ctrl-C ends the load early and fits what there is.
     """
-    if engine is not None and engine != VLLM:
-        raise ConfigError(f"--engine: unknown engine {engine!r}", hint=did_you_mean(engine, [VLLM]))
-    if (url is not None) + (engine is not None) > 1:
-        raise ConfigError("--engine: give it or a URL, not both")
-    for flag, value in (("--model", model), ("--engine-option", engine_option), ("--cores", cores)):
-        if value and engine is None:
-            raise ConfigError(f"{flag}: needs --engine vllm")
+    _check_flags(url, engine, facts, {"--model": model, "--engine-option": engine_option, "--cores": cores})
     with writing("--output", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_name(output.name + ".part").open("ab").close()
         output.with_name(output.name + ".part").unlink()
+    interrupted = False
     if url is None and engine is None:
-        if facts is None:
-            raise ConfigError("URL, --engine or --facts: one of them is needed", hint="such as --engine vllm")
+        assert facts is not None
         profile = _refit(facts)
-        interrupted = False
     else:
-        if engine is None and facts is None:
-            raise ConfigError(
-                "--facts: needed with a URL", hint="name the file that the engine's `facts` setting names"
-            )
-        if engine is not None and facts is not None:
-            raise ConfigError("--facts: the engine that --engine starts writes its own")
-        if duration < _SECONDS_MIN:
-            raise ConfigError(
-                f"--duration: must be at least {_SECONDS_MIN:g}, not {positive('--duration', duration):g}"
-            )
+        if positive("--duration", duration) < _SECONDS_MIN:
+            raise ConfigError(f"--duration: must be at least {_SECONDS_MIN:g}, not {duration:g}")
+        timeout = positive("--start-timeout", start_timeout)
         server = (
             None if engine is None else _server(model, engine_option or [], cores, _beside(output, ".engine.jsonl"))
         )
-        timeout = positive("--start-timeout", start_timeout)
-        collected = _collect(url, server, facts, output, positive("--duration", duration), timeout, seed)
+        collected = _collect(url, server, facts, output, duration, timeout, seed)
         interrupted = collected.is_interrupted
         profile = _fit_collected(collected, output)
     from rota.serving.calibration.profile_file import write_profile
@@ -98,6 +83,22 @@ def calibrate(
     if interrupted:
         warn("interrupted; the profile is fitted to what was measured until then")
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_flags(url: str | None, engine: str | None, facts: Path | None, of_engine: dict[str, object]) -> None:
+    if engine is not None and engine != VLLM:
+        raise ConfigError(f"--engine: unknown engine {engine!r}", hint=did_you_mean(engine, [VLLM]))
+    for flag, value in of_engine.items():
+        if value and engine is None:
+            raise ConfigError(f"{flag}: needs --engine vllm")
+    if engine is not None and url is not None:
+        raise ConfigError("--engine: give it or a URL, not both")
+    if engine is not None and facts is not None:
+        raise ConfigError("--facts: the engine that --engine starts writes its own")
+    if url is not None and facts is None:
+        raise ConfigError("--facts: needed with a URL", hint="name the file that the engine's `facts` setting names")
+    if url is None and engine is None and facts is None:
+        raise ConfigError("URL, --engine or --facts: one of them is needed", hint="such as --engine vllm")
 
 
 # --- where the steps come from ----------------------------------------------------------------------------------------
