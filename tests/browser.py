@@ -25,14 +25,16 @@ class Looked(NamedTuple):
     """What scripts complained of."""
     num_figures: int
     screenshot: bytes
+    """PNG of the whole page, if asked for."""
 
 
-def look(page: Path, *, scheme: str = "light", width: int = 1200) -> Looked:
-    """Open a file, as a reader does who likes this colour scheme, and wait until its figures are drawn."""
-    return asyncio.run(_look(page, scheme, width))
+def look(page: Path, *, scheme: str = "light", width: int = 1200, is_shot: bool = False) -> Looked:
+    """Open a file, as a reader does who likes this colour scheme, and wait until its figures are drawn. A picture of
+    the whole page takes a while, so it is taken only if asked for."""
+    return asyncio.run(_look(page, scheme, width, is_shot))
 
 
-async def _look(page: Path, scheme: str, width: int) -> Looked:
+async def _look(page: Path, scheme: str, width: int, is_shot: bool) -> Looked:
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run")
@@ -46,7 +48,7 @@ async def _look(page: Path, scheme: str, width: int) -> Looked:
                     targets = await answer.json()
                 url = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
                 async with session.ws_connect(url, max_msg_size=0) as socket:
-                    return await asyncio.wait_for(_open(_Protocol(socket), page, scheme, width), 120)
+                    return await asyncio.wait_for(_open(_Protocol(socket), page, scheme, width, is_shot), 120)
         finally:
             browser.terminate()
             await browser.wait()
@@ -82,7 +84,7 @@ class _Protocol:
         return result["result"].get("value")
 
 
-async def _open(protocol: _Protocol, page: Path, scheme: str, width: int) -> Looked:
+async def _open(protocol: _Protocol, page: Path, scheme: str, width: int, is_shot: bool) -> Looked:
     for domain in ("Network", "Page", "Runtime"):
         await protocol.call(f"{domain}.enable")
     await protocol.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -96,10 +98,13 @@ async def _open(protocol: _Protocol, page: Path, scheme: str, width: int) -> Loo
         if await protocol.value("document.readyState") == "complete" and await protocol.value(f"{drawn} >= {wanted}"):
             break
     await asyncio.sleep(0.5)
-    height = await protocol.value("Math.ceil(document.documentElement.scrollHeight)")
-    await protocol.call("Emulation.setDeviceMetricsOverride", **{**size, "height": height})
-    await asyncio.sleep(0.5)
-    shot = await protocol.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    shot = b""
+    if is_shot:
+        height = await protocol.value("Math.ceil(document.documentElement.scrollHeight)")
+        await protocol.call("Emulation.setDeviceMetricsOverride", **{**size, "height": height})
+        await asyncio.sleep(0.5)
+        taken = await protocol.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        shot = base64.b64decode(taken["data"])
     asked = [
         event["params"]["request"]["url"]
         for event in protocol.events
@@ -114,4 +119,4 @@ async def _open(protocol: _Protocol, page: Path, scheme: str, width: int) -> Loo
     figures = await protocol.value(
         "document.querySelectorAll('.js-plotly-plot .main-svg').length > 0 ? " + wanted + " : 0"
     )
-    return Looked(outside, errors, figures, base64.b64decode(shot["data"]))
+    return Looked(outside, errors, figures, shot)

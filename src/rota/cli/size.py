@@ -69,7 +69,7 @@ def size(
         with writing("--report", report):
             report.open("ab").close()
     with Progress("sizing", total=None, unit="runs") as progress, LocalRunner(jobs) as runner:
-        sizing, observed = run(common, profiles, prices, options, runner, on_progress=progress.reached)
+        sizing, observed = run(common, profiles, prices, options, runner, on_progress=progress.reached_of)
     if report is not None:
         with writing("--report", report):
             write_sizing(report, f"A fleet for {trace.name}", sizing, observed)

@@ -54,8 +54,9 @@ p { max-width: 46rem; margin: 0 0 .75rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; border-bottom: 2px solid var(--strong); white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; }
+th { font-weight: 600; border-bottom: 2px solid var(--strong); vertical-align: bottom; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 .caption, footer { color: var(--soft); font-size: .875rem; }
 .figure { min-height: 18rem; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }

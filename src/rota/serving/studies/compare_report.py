@@ -41,9 +41,14 @@ def sentence(one: Difference) -> str:
     if is_share or size is None or margin is None:
         size, margin, unit = one.difference, one.margin, "points"
     if one.verdict == "no difference shown":
-        return f"no difference shown ({100 * size:+.2g} ± {100 * margin:.2g} {unit})"
+        return f"no difference shown ({_digits(100 * size, '+')} ± {_digits(100 * margin)} {unit})"
     way = {("better", False): "faster", ("worse", False): "slower", ("better", True): "more", ("worse", True): "less"}
-    return f"{way[one.verdict, is_share]} by {100 * abs(size):.2g} ± {100 * margin:.2g} {unit}"
+    return f"{way[one.verdict, is_share]} by {_digits(100 * abs(size))} ± {_digits(100 * margin)} {unit}"
+
+
+def _digits(value: float, sign: str = "") -> str:
+    """Two digits, or all those before the point."""
+    return f"{value:{sign}.0f}" if abs(value) >= 100 else f"{value:{sign}.2g}"
 
 
 def write_comparison(path: Path, title: str, comparison: Comparison, observed: Mapping[str, Observation]) -> None:

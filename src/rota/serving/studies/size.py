@@ -124,16 +124,17 @@ def size(
     options: SizeOptions,
     runner: Runner,
     *,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Sizing, dict[int, Observation]]:
     """Find the smallest fleet of each kind, check it, and try the best one at other loads; also returns what was
     observed of the best kind on the workload that was asked about, by number of instances.
 
-    `common` is what all runs share; its `slo` must promise something. `on_progress(runs done)`.
+    `common` is what all runs share; its `slo` must promise something. `on_progress(runs done,
+    runs in all)`, the latter a guess.
     """
     for profile in profiles:
         build(system_config(dataclasses.replace(common, profile=profile)))
-    search = _Search(common, options, runner, on_progress)
+    search = _Search(common, options, runner, on_progress, len(profiles))
     found = {profile: search.fleet(profile, prices.get(profile)) for profile in profiles}
     best = _best([fleet for fleet, _ in found.values()])
     knee = None
@@ -170,22 +171,30 @@ class _Search:
         common: SimulationConfig,
         options: SizeOptions,
         runner: Runner,
-        on_progress: Callable[[int], None],
+        on_progress: Callable[[int, int], None],
+        num_kinds: int,
     ) -> None:
         self._common = common
         self._options = options
         self._runner = runner
         self._on_progress = on_progress
         self.num_runs = 0
+        # Four for the search, one more for the next instance; the knee's last gap takes two runs at a time.
+        per_kind = 5 + options.num_search_seeds + 2 * options.num_check_seeds
+        self._num_planned = num_kinds * per_kind + len(LOADS) + 2 * NUM_KNEE_STEPS
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
     def _observe(self, configs: Sequence[SimulationConfig]) -> list[Observation]:
         observed: dict[int, Observation] = {}
-        for index, observation in self._runner.map(observe, configs, lambda: self._on_progress(self.num_runs)):
+
+        def tell() -> None:
+            self._on_progress(self.num_runs, max(self.num_runs, self._num_planned))
+
+        for index, observation in self._runner.map(observe, configs, tell):
             observed[index] = observation
             self.num_runs += 1
-            self._on_progress(self.num_runs)
+            tell()
         return [observed[index] for index in range(len(configs))]
 
     def _trial(self, config: SimulationConfig, observation: Observation, load: float = 1.0) -> Trial:
