@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.truth.row import TruthRow, compared
 
-from rota.base.instant import Duration, Instant, milliseconds, seconds
+from rota.base.instant import Duration, Instant, after, milliseconds
 from rota.base.journal import Header, Journal, Row, RowKind
 from rota.runtime.faults import Fault, FaultPlan
 from rota.serving.assemble import SystemConfig, header_of
@@ -50,15 +50,13 @@ def _row(group: str, order: str, num_instances: int) -> TruthRow:
     specs = tuple(InstanceSpec(InstanceId(f"i{number}"), LIMITS) for number in range(num_instances))
     config = SystemConfig(StackConfig(order=order), specs)
     journal = Area(header_of(config))
-    gap = milliseconds(60 / num_instances)
-    # Three in ten come together with the one before; those who leave do so after half a second or so.
+    arrivals = seeded_arrivals(1, NUM_REQUESTS, milliseconds(60 / num_instances))
     leavers = [
-        Fault("client_leaves", f"r{number:03}", Instant(round(number * gap * 0.7) + seconds(0.5)))
-        for number in range(5, NUM_REQUESTS, 9)
+        Fault("client_leaves", request.id, after(request.arrived_at, milliseconds(40))) for request, _ in arrivals[5::9]
     ]
     cluster = SimulatedCluster(
         config,
-        seeded_arrivals(1, NUM_REQUESTS, gap),
+        arrivals,
         AffineStepTime(base_ms=2.0, token_us=10.0, kv_token_ns=100.0),
         WorldOptions(step_overhead=Duration(300_001)),
         journal=journal,
