@@ -158,7 +158,7 @@ CASES: list[tuple[str, str, str]] = [
         "mooncake: half a character", MOONCAKE, "[0]}", '[0], "session": "\\ud800"}', ":2:79: session: expected a text"
     ),
     broken("rota: another version", ROTA, '"version":1', '"version":2', ":1:1: expected {"),
-    broken("rota: unknown key", ROTA, '"gap"', '"gaps"', ":3:80: gaps: object contains unknown field"),
+    broken("rota: unknown key", ROTA, '"gap"', '"gaps"', ":3:80: 'gaps': unknown key"),
     broken("rota: a text for a number", ROTA, '"at":900', '"at":"900"', ":4:2: at: expected `int`, got `str`"),
     broken("rota: a fraction", ROTA, '"at":900', '"at":900.5', ":4:2: at: expected `int`, got `float`"),
     broken("rota: cut", ROTA, '"priority":-1}\n', '"prio', ":4:87: not JSON"),

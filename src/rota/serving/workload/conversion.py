@@ -17,7 +17,7 @@ from rota.serving.workload.formats.prefixes import Numbers
 from rota.serving.workload.sorting import in_order
 
 _DROPPED: dict[Fact, dict[str, Any]] = {
-    "prefixes": {"prefix_hashes": ()},
+    "prefixes": {"prefix_hashes": (), "hash_block_tokens": HASH_BLOCK_TOKENS},
     "sessions": {"session": None},
     "tenants": {"tenant": "default"},
     "priorities": {"priority": 0},
@@ -59,6 +59,8 @@ class Conversion:
             changes |= _DROPPED[fact]
         if "waits" not in self._holds:
             changes["id"] = None
+        if not arrival.prefix_hashes:
+            changes["hash_block_tokens"] = HASH_BLOCK_TOKENS  # of blocks that there are none of
         return msgspec.structs.replace(arrival, **changes) if changes else arrival
 
     def _from_first(self, rows: Iterator[Arrival]) -> Iterator[Arrival]:

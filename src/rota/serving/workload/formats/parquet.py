@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAGIC = "PAR1"
-BATCH_ROWS = 8_192
+BATCH_ROWS = 4_096
 """Rows in memory at a time, and in a row group."""
 COLUMNS = Arrival.__struct_fields__
 _VERSION_KEY, _VERSION = b"rota-trace", b"1"
@@ -59,7 +59,7 @@ class ParquetFormat:
                         if problem is not None:
                             raise _error(path, number, problem)
                         yield arrival
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # ValueError: names that are not UTF-8
             said = " ".join(str(error).split())
             raise data_error(path, number + 1, 1, f"not a Parquet file that can be read: {said[:200]}") from None
         if not number:

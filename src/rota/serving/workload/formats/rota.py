@@ -28,7 +28,7 @@ MAX_SPAN = MAX_SPAN_SECONDS * NANOSECONDS_PER_SECOND
 _encode = msgspec.json.Encoder().encode
 _parse = msgspec.json.Decoder(Arrival).decode
 _BYTE = re.compile(r"\(byte (\d+)\)")
-_KEY = re.compile(r"at `\$\.(\w+)|field `(\w+)`")
+_KEY = re.compile(r"at `\$\.(\w+)|unknown field `(.*)`", re.DOTALL)
 
 
 class RotaFormat:
@@ -148,8 +148,9 @@ def _parsed(path: Path, line: int, text: str) -> Arrival:
     except msgspec.ValidationError as error:
         found = _KEY.search(str(error))
         said = str(error).partition(" - at")[0]
+        unknown = found is not None and found[2] is not None
         key = (found[1] or found[2] or "") if found else ""
-        _fail(path, line, text, key, said[:1].lower() + said[1:])
+        _fail(path, line, text, key, "unknown key" if unknown else said[:1].lower() + said[1:])
     except (msgspec.DecodeError, UnicodeError) as error:
         byte = _BYTE.search(str(error))
         column = len(source[: int(byte[1])].decode("utf-8", "replace")) + 1 if byte else len(text) + 1
@@ -173,4 +174,5 @@ def _fail(path: Path, line: int, text: str, key: str, problem: str, hint: str | 
     """Raise an error that points at a key, or at the end of the row if the row lacks it."""
     place = text.rfind(f'"{key}"') if key else 0
     column = place + 1 if place >= 0 else len(text) + 1
-    raise data_error(path, line, column, f"{key}: {problem}" if key else problem, hint=hint)
+    name = key if key in Arrival.__struct_fields__ else shown(key)
+    raise data_error(path, line, column, f"{name}: {problem}" if key else problem, hint=hint)
