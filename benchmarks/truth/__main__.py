@@ -9,7 +9,6 @@ Exits 1 if a bound is missed or a group could not be run.
 
 import argparse
 import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ _STYLES = {"holds": "green", "missed": "bold red", "shown": "dim"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    groups = tuple(options.only or _present(GROUPS))
+    groups = tuple(options.only or GROUPS)
     rows: list[TruthRow] = []
     failures: dict[str, str] = {}
     progress = Progress(
@@ -65,10 +64,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=GROUPS, metavar="NAME", help=", ".join(GROUPS))
     parser.add_argument("--json", action="store_true", help="rows as JSON on stdout")
     return parser.parse_args(arguments)
-
-
-def _present(groups: Sequence[str]) -> Iterator[str]:
-    return (group for group in groups if importlib.util.find_spec(f"benchmarks.truth.{group}") is not None)
 
 
 def _rows_of(group: str) -> Iterator[TruthRow]:
