@@ -136,6 +136,10 @@ def test_a_sequence_holds_nothing_more_behind_its_view():
         "granted",
         "num_cached_tokens",
         "state",
+        "grant",
+        "_computed",
+        "_rounds",
+        "_tokens",
     }
 
 

@@ -18,11 +18,10 @@ NUM_REQUESTS = 160
 LIMITS = InstanceLimits(num_blocks=72, max_num_seqs=8, max_num_batched_tokens=192, max_model_len=1024)
 
 
-def system(stack: StackConfig, *, is_leaping: bool = True) -> SystemConfig:
+def system(stack: StackConfig) -> SystemConfig:
     return SystemConfig(
         stack=stack,
         instances=tuple(InstanceSpec(InstanceId(name), LIMITS) for name in ("a", "b")),
-        is_leaping=is_leaping,
     )
 
 
@@ -58,7 +57,7 @@ def faults(start: Instant) -> FaultPlan:
     )
 
 
-def play(config: SystemConfig, start: Instant = Instant(0)) -> tuple[SimulatedCluster, Journal]:
+def play(config: SystemConfig, start: Instant = Instant(0), *, leap: bool = True) -> tuple[SimulatedCluster, Journal]:
     """Run it, and make sure that the run is worth looking at: a gate on an idle system proves nothing."""
     journal = Journal(header_of(config), keep_rows=True)
     cluster = SimulatedCluster(
@@ -67,6 +66,7 @@ def play(config: SystemConfig, start: Instant = Instant(0)) -> tuple[SimulatedCl
         AffineStepTime(base_ms=8.0, token_us=60.0, kv_token_ns=100.0, seq_us=20.0),
         WorldOptions(
             start=start,
+            leap=leap,
             report_interval=milliseconds(250),
             report_delay=milliseconds(30),
             step_overhead=Duration(500_000),

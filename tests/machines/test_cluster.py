@@ -20,7 +20,7 @@ from rota.serving.api import Admission, Pick
 from rota.serving.cluster.ledger import InstanceLedger
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.prefix_index import PrefixIndex
-from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Reject
+from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Hold, Reject
 from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
@@ -131,7 +131,9 @@ class ClusterRules(RuleBasedStateMachine):
         elif candidates:
             assert [type(command) for command in commands] == [Dispatch]
         else:
-            assert not commands
+            assert [type(command) for command in commands] == [Hold]
+            assert commands[0].reason
+            assert commands[0].admission
             known.held_until = self.now + HOLD
 
     @precondition(lambda self: self.open or self.gone)
@@ -161,7 +163,7 @@ class ClusterRules(RuleBasedStateMachine):
         elif known.first_token or not retryable or (known.num_attempts == MAX_ATTEMPTS and not self.is_open(known)):
             assert [type(command) for command in commands] == [Fail]
             assert "broken pipe" in commands[0].reason
-        elif commands:
+        elif type(commands[0]) is not Hold:
             assert [type(command) for command in commands] == [Dispatch]
             others = [other for other in self.candidates(known) if other not in known.failed_on]
             assert not others or commands[0].instance_id in others
@@ -287,6 +289,9 @@ class ClusterRules(RuleBasedStateMachine):
                     self.end(known, "rejected")
                 case Fail():
                     self.end(self.open[command.request_id], "failed")
+                case Hold():
+                    assert self.open[command.request_id].owner is None
+                    assert command.reason
                 case Abort():
                     assert command.request_id in self.gone
 

@@ -8,7 +8,7 @@ from rota.serving.api import Admission, InstanceId, Pick, Request, RequestId
 from rota.serving.cluster.lifecycles import INSTANCE_LIFECYCLE, REQUEST_LIFECYCLE
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.prefix_index import PrefixIndex
-from rota.serving.model.commands import Abort, Dispatch, Fail, Reject
+from rota.serving.model.commands import Abort, Dispatch, Fail, Hold, Reject
 from rota.serving.model.events import (
     ClientLeft,
     FirstTokenSeen,
@@ -57,10 +57,15 @@ class Cluster:
         return commands
 
 
+def is_held(commands):
+    return [type(command) for command in commands] == [Hold]
+
+
 def test_a_request_goes_out_and_ends():
     cluster = Cluster(A)
     (dispatch,) = cluster.feed(arrived())
-    assert dispatch == Dispatch(R, A, "fewest outstanding tokens (0) of 1", 1)
+    why = "fewest outstanding tokens (0) of 1"
+    assert dispatch == Dispatch(R, A, why, 1, scores=((A, 1.0),), admission="0 of 4096 places taken")
     (view,) = cluster.machine.instance_views()
     assert (view.num_outstanding_requests, view.num_outstanding_tokens) == (1, 100)
     assert not cluster.feed(FirstTokenSeen(R, A))
@@ -95,14 +100,15 @@ def test_a_long_prompt_goes_only_where_it_fits():
     for number in range(3):
         assert cluster.feed(arrived(f"r{number}", 200))[0].instance_id == B
     cluster.feed(InstanceLost(B))
-    assert cluster.feed(arrived("waits", 200)) == [], "an instance of that size was there, so it may come back"
+    (hold,) = cluster.feed(arrived("waits", 200))
+    assert hold.reason == "no instance can take it: none of 1 takes 200 prompt tokens", "one of that size may come back"
     assert cluster.machine.counts().num_queued == 1
 
 
 def test_held_requests_go_by_class_and_then_by_arrival():
     cluster = Cluster()
     for request_id, priority in (("late", 5), ("first", 0), ("second", 0), ("urgent", -1)):
-        assert cluster.feed(arrived(request_id, at=cluster.now, priority=priority)) == []
+        assert is_held(cluster.feed(arrived(request_id, at=cluster.now, priority=priority)))
     assert [command.request_id for command in cluster.feed(started(A))] == ["urgent", "first", "second", "late"]
 
 
@@ -126,7 +132,8 @@ def test_a_request_is_held_for_a_time_and_then_refused():
 
 def test_the_queue_is_bounded():
     cluster = Cluster(max_queued=2)
-    assert cluster.feed(arrived("one")) == cluster.feed(arrived("two")) == []
+    assert is_held(cluster.feed(arrived("one")))
+    assert is_held(cluster.feed(arrived("two")))
     (reject,) = cluster.feed(arrived("three"))
     assert (reject.status, reject.retry_after) == (503, seconds(5))
     assert "2 others wait" in reject.reason
@@ -163,7 +170,7 @@ def test_a_retry_without_an_instance_waits_beyond_the_bound_of_the_queue_and_fai
     cluster = Cluster(A, max_queued=0)
     cluster.feed(arrived())
     cluster.feed(InstanceLost(A, "killed"))
-    assert cluster.feed(RequestFailed(R, A, "killed")) == []
+    assert is_held(cluster.feed(RequestFailed(R, A, "killed")))
     assert cluster.machine.counts().num_queued == 1
     (fail,) = cluster.machine.expire(cluster.machine.next_deadline())
     assert fail == Fail(R, "no instance could take the request within 60 s (a: killed)")

@@ -17,7 +17,7 @@ from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.policies.order.fcfs import Fcfs
 from rota.serving.policies.order.strict_priority import StrictPriority
 from rota.serving.stack import EnginePolicies
-from rota.testing.worlds import Job, Workload, check_same_outcome, play
+from rota.testing.worlds import Job, Workload, check_same_rows, play
 
 MS = 1_000_000
 
@@ -54,7 +54,7 @@ def test_ageing_is_asked_for_every_step():
     def policies():
         return EnginePolicies(StrictPriority(ageing_seconds=0.01), VllmDefault(), RecomputeLowest())
 
-    check_same_outcome(play(workload, policies()), play(workload, policies(), is_leaping=False), "leap")
+    check_same_rows(play(workload, policies()), play(workload, policies(), steady=False), "leap")
 
 
 class PrefillsThenQueueThenDecodes:
@@ -195,6 +195,8 @@ def test_the_longest_sequence_ends_with_its_last_slot():
 
 def test_granting_nothing_names_who_starves():
     class Nothing(VllmDefault):
+        shape = None
+
         def plan(self, draft, order):
             pass
 
@@ -233,8 +235,6 @@ def test_a_policy_that_fails_leaves_no_trace(num_granted):
     ("event", "law"),
     [
         (StepFinished(2), "step 2 finished, but 1"),
-        (StepFinished(1, num_steps=0), "ran 0 times"),
-        (StepFinished(1, num_steps=99), "ran 99 times"),
         ("a word", "cannot handle str"),
     ],
 )

@@ -51,9 +51,7 @@ class MachineHost:
     due."""
 
     def __init__(self, limits: InstanceLimits, policies: Any) -> None:
-        self.machine = InstanceMachine(
-            limits, order=policies.order, batch=policies.batch, memory=policies.memory, repeat=False
-        )
+        self.machine = InstanceMachine(limits, order=policies.order, batch=policies.batch, memory=policies.memory)
         self._block_size = limits.block_size
         self._step: RunStep | None = None
         self._finished: StepFinished | None = None
@@ -99,7 +97,7 @@ class MachineHost:
                 continue
             if sequence.num_output_tokens + 1 >= output_lengths[grant.request_id]:
                 ended.append(grant.request_id)
-        self._finished = StepFinished(step.step_id, 1, tuple(ended))
+        self._finished = StepFinished(step.step_id, tuple(ended))
         return tuple(ended)
 
     def _take(self, commands: Any) -> None:

@@ -57,7 +57,7 @@ BUGS = {
         CASES,
     ),
     "a step that preempted for memory admits all the same": (
-        "policies/batch/passes.py",
+        "api/admitting.py",
         "if draft.num_preempted or not draft.token_budget",
         "if not draft.token_budget",
         LAWS,
@@ -75,16 +75,22 @@ BUGS = {
         LAWS,
     ),
     "ageing is leapt over": (
-        "instance/machine.py",
+        "instance/steady.py",
         'getattr(order, "repeatable", False)',
         "True",
         CASES,
     ),
-    "a run that is cut short begins again": (
+    "a run that is cut short ends a step early": (
         "sim/instance.py",
-        "started_at, self._resume_at, shortest = self._resume_at, None, min(shortest, 1)",
-        "started_at, self._resume_at, shortest = now, None, min(shortest, 1)",
+        "flight.ends = flight.ends[: num_ended + 1]",
+        "flight.ends = flight.ends[: max(num_ended, 1)]",
         LEAPS,
+    ),
+    "the steady pass cuts a prefill that stands before decodes": (
+        "instance/steady.py",
+        "comes_last = line[num_decodes:] == apart",
+        "comes_last = True",
+        "tests/unit/policies/test_conformance.py",
     ),
     "arrivals come before the step that ends at their instant": (
         "sim/instance.py",

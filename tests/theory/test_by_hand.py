@@ -31,11 +31,11 @@ def job(number, at, num_prompt, num_output, priority=0, family=None, leaves_afte
     return Job(request, num_output, None if leaves_after is None else Duration(leaves_after))
 
 
-def schedule(jobs, *, order=None, batch=None, memory=None, is_leaping=True, **limits):
+def schedule(jobs, *, order=None, batch=None, memory=None, leap=True, **limits):
     """(first token, end) of each request, in microseconds where they are whole."""
     settings = {"num_blocks": 100, "block_size": 4, **limits}
     policies = EnginePolicies(order or Fcfs(), batch or VllmDefault(), memory or RecomputeLowest())
-    played = play(Workload(InstanceLimits(**settings), tuple(jobs)), policies, is_leaping=is_leaping, step_time=PACE)
+    played = play(Workload(InstanceLimits(**settings), tuple(jobs)), policies, leap=leap, step_time=PACE)
     return played, {key: (played.first_token_at.get(key), end.at) for key, end in played.ends.items()}
 
 
@@ -60,8 +60,8 @@ def test_who_comes_in_the_midst_of_a_step_joins_the_next():
     joined_at = first + step(1, 11)
     both = step(1 + 5, 12)
     after_both = step(2, 13 + 6)
-    for is_leaping in (True, False):
-        _, times = schedule([job(0, 0, 10, 5), job(1, first + 1, 5, 2)], is_leaping=is_leaping)
+    for leap in (True, False):
+        _, times = schedule([job(0, 0, 10, 5), job(1, first + 1, 5, 2)], leap=leap)
         end_of_r1 = joined_at + both + after_both
         assert times["r1"] == (joined_at + both, end_of_r1)
         assert times["r0"] == (first, end_of_r1 + step(1, 14))
@@ -70,8 +70,8 @@ def test_who_comes_in_the_midst_of_a_step_joins_the_next():
 def test_who_comes_at_the_very_end_of_a_step_misses_the_one_that_begins_there():
     """At one instant the step ends first, and with it the next begins. r1 has the engine to itself after that."""
     first = step(10, 0)
-    for is_leaping in (True, False):
-        _, times = schedule([job(0, 0, 10, 3), job(1, first + step(1, 11), 5, 1)], is_leaping=is_leaping)
+    for leap in (True, False):
+        _, times = schedule([job(0, 0, 10, 3), job(1, first + step(1, 11), 5, 1)], leap=leap)
         assert times["r1"][0] == first + step(1, 11) + step(1, 12) + step(5, 0)
 
 

@@ -1,5 +1,6 @@
 """Programs in a simulated cluster: calls come when what they wait for has ended, whatever breaks, leaping or not."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -55,21 +56,19 @@ def programs(seed: int, num_programs: int = 12) -> list[Arrival]:
             after=row.after, gap=row.gap) for row in rows]  # fmt: skip
 
 
-def play(
-    rows: list[Arrival], stack: StackConfig, seed: int, *, is_leaping: bool = True
-) -> tuple[SimulatedCluster, Journal]:
+def play(rows: list[Arrival], stack: StackConfig, seed: int, *, leap: bool = True) -> tuple[SimulatedCluster, Journal]:
     def build(arrival: Arrival, number: int, at: Instant | None) -> tuple[Request, int]:
         return to_request(arrival, f"r-{number}", Instant(0), max_model_len=400, arrived_at=at)
 
     ids = [InstanceId("i0"), InstanceId("i1")]
-    config = SystemConfig(
-        stack=stack, instances=tuple(InstanceSpec(name, LIMITS) for name in ids), is_leaping=is_leaping
-    )
+    config = SystemConfig(stack=stack, instances=tuple(InstanceSpec(name, LIMITS) for name in ids))
     names = [f"r-{number}" for number in range(len(rows))]
     faults = cluster_faults(RandomStreams(seed).stream("faults"), ids, names, Duration(12 * 60_000_000))
     journal = Journal(header_of(config), keep_rows=True)
     flow = ArrivalFlow(rows, build)
-    cluster = SimulatedCluster(config, flow, Pace(), OPTIONS, journal=journal, faults=faults, followers=flow.ended)
+    cluster = SimulatedCluster(
+        config, flow, Pace(), replace(OPTIONS, leap=leap), journal=journal, faults=faults, followers=flow.ended
+    )
     cluster.run()
     assert flow.num_waited_for == 0
     return cluster, journal
@@ -98,7 +97,7 @@ def test_calls_come_when_what_they_wait_for_has_ended(stack: str, seed: int) -> 
 def test_leaping_is_as_good_as_stepping(stack: str, seed: int) -> None:
     rows = programs(seed)
     leaping, _ = play(rows, STACKS[stack], seed)
-    stepping, _ = play(rows, STACKS[stack], seed, is_leaping=False)
+    stepping, _ = play(rows, STACKS[stack], seed, leap=False)
     assert leaping.records == stepping.records
 
 

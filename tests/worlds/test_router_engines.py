@@ -39,7 +39,7 @@ class InProcess:
 
 @contextlib.asynccontextmanager
 async def in_process() -> AsyncIterator[InProcess]:
-    config = SystemConfig(instances=(InstanceSpec(InstanceId("sim"), LIMITS),), is_leaping=False)
+    config = SystemConfig(instances=(InstanceSpec(InstanceId("sim"), LIMITS),))
     (engine,) = simulated_engines(loop := LiveLoop(SystemClock()), build(config), config, STEP_TIME)
     yield InProcess(engine)
     await engine.stop()

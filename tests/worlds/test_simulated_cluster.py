@@ -168,6 +168,8 @@ def test_a_step_that_never_ends_is_noticed(monkeypatch):
 
 
 class GrantsNothing(VllmDefault):
+    shape = None
+
     def plan(self, draft, order):
         pass
 

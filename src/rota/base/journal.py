@@ -19,7 +19,8 @@ from rota.base.errors import DataError
 from rota.base.instant import Instant
 
 FORMAT = "rota-journal"
-VERSION = 1
+VERSION = 2
+"""2: a command stands for one step; steps say why somebody was not served."""
 
 RowKind = Literal["event", "deadline"]
 RowTypes = Mapping[str, tuple[Any, Any]]

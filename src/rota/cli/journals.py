@@ -64,4 +64,4 @@ class FreshMachines:
         for spec in self._config.instances:
             incarnation = machine.removeprefix(f"{instance_name(spec.id)}#")
             if incarnation.isdecimal() and machine == instance_name(spec.id, int(incarnation)):
-                self.by_name[machine] = build_instance(self._config.stack, spec, is_leaping=self._config.is_leaping)
+                self.by_name[machine] = build_instance(self._config.stack, spec)

@@ -158,7 +158,7 @@ def _run(
     from rota.serving.model.instance import InstanceId
 
     kind = _kind(kinds[0])
-    config = SystemConfig(stack=stack, seed=seed, is_leaping=False)
+    config = SystemConfig(stack=stack, seed=seed)
     if kind == SIMULATED:
         config = _with_simulated(config, num_instances, profile)
     if kind == VLLM and stock is None:

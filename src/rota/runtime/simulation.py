@@ -5,7 +5,7 @@ that can happen is in one queue, ordered by `(instant, rank, order of scheduling
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rota.base.errors import StarvationError
@@ -95,6 +95,16 @@ class SimulationLoop:
         """When the next thing will happen, or None if nothing will: a world that plays out a stretch of time at once
         need not look further."""
         return self._queue.peek_time()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether anybody reads the rows."""
+        return self._recorder.is_needed
+
+    def recount(self, machine_name: str, at: Instant, event: object, commands: Sequence[object]) -> None:
+        """Write a row for what a machine went through by itself, at an instant that is not past the present: the world
+        played out a stretch of time at once. Raises `LawBroken` where a later row is written already."""
+        self._recorder.record(slot_named(self._slots, machine_name).name, at, "event", event, commands)
 
     def deliver(self, machine_name: str, event: object) -> None:
         """Tell a machine of an event now, ahead of all that is queued.

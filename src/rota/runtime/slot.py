@@ -39,10 +39,14 @@ class Recorder:
         self._journal = journal
         self._observers = tuple(observers)
         self._num_rows = 0
+        self._last_at: Instant | None = None
         self.is_needed = journal is not None or bool(self._observers)
 
     def record(self, machine: str, at: Instant, kind: RowKind, event: object, commands: Sequence[object]) -> None:
         """One machine was told something and has answered; nothing was carried out yet."""
+        if self._last_at is not None and at < self._last_at:
+            raise LawBroken(f"law 5: a row of {machine} at {at} comes after one at {self._last_at}")
+        self._last_at = at
         if self._journal is not None:
             row = self._journal.append(machine, at, kind, event, commands)
         else:

@@ -30,8 +30,6 @@ class SystemConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     instances: tuple[InstanceSpec, ...] = ()
     """Engines whose steps our machines decide. The router learns of instances from events, these and others alike."""
     seed: int = 0
-    is_leaping: bool = True
-    """Whether one command may stand for several equal steps."""
 
 
 ROW_TYPES: RowTypes = {CLUSTER: (ClusterEvent, ClusterCommand), "instance/": (InstanceEvent, InstanceCommand)}
@@ -81,9 +79,7 @@ def build(config: SystemConfig) -> System:
         raise ConfigError(f"two instances have the same id, in {', '.join(sorted(ids))}")
     return System(
         cluster=build_cluster(config.stack, config.seed),
-        instances={
-            spec.id: build_instance(config.stack, spec, is_leaping=config.is_leaping) for spec in config.instances
-        },
+        instances={spec.id: build_instance(config.stack, spec) for spec in config.instances},
     )
 
 
@@ -93,9 +89,7 @@ def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
     return ClusterMachine(policies.dispatch, policies.admission, prefix_index=PrefixIndex())
 
 
-def build_instance(stack: StackConfig, spec: InstanceSpec, *, is_leaping: bool = True) -> InstanceMachine:
+def build_instance(stack: StackConfig, spec: InstanceSpec) -> InstanceMachine:
     """One engine's machine with policies of its own."""
     policies = engine_policies(stack, spec.capabilities, f"instance {spec.id}")
-    return InstanceMachine(
-        spec.limits, order=policies.order, batch=policies.batch, memory=policies.memory, repeat=is_leaping
-    )
+    return InstanceMachine(spec.limits, order=policies.order, batch=policies.batch, memory=policies.memory)

@@ -9,7 +9,7 @@ from rota.base.errors import DataError
 from rota.base.instant import Instant, to_milliseconds, to_seconds
 from rota.base.journal import Row
 from rota.base.nearest import did_you_mean
-from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Reject, RunStep
+from rota.serving.model.commands import EVERYBODY, Abort, ClusterCommand, Dispatch, Fail, Hold, Reject, RunStep
 from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
@@ -142,8 +142,6 @@ class _Teller:
                 self._router_heard(row.event)
             for command in row.commands:
                 self._router_decided(command)
-            if isinstance(row.event, RequestArrived) and row.event.request.id == self._id and not row.commands:
-                self._tell("held", "held at the router: no instance could take it yet")
         else:
             self._instance(row)
 
@@ -222,13 +220,23 @@ class _Teller:
         match command:
             case Dispatch():
                 self._num_attempts = command.attempt
-                self._tell("dispatched", f"admitted and sent to {command.instance_id}: {command.reason}")
+                self._let_in(command.admission)
+                scores = ", ".join(f"{instance_id} {score:.2f}" for instance_id, score in command.scores)
+                text = f"sent to {command.instance_id}: {command.reason}"
+                self._tell("dispatched", f"{text} (scores: {scores})" if scores else text)
+            case Hold():
+                self._let_in(command.admission)
+                self._tell("held", f"held at the router: {command.reason}")
             case Reject():
                 self._over("rejected", f"refused with status {command.status}: {command.reason}")
             case Fail():
                 self._over("failed", f"failed: {command.reason}")
             case Abort():
                 self._tell("abort_ordered", f"{command.instance_id} was told to stop: {command.reason}")
+
+    def _let_in(self, why: str) -> None:
+        if why:
+            self._tell("admitted", f"admitted: {why}")
 
     # --- instances ----------------------------------------------------------------------------------------------------
 
@@ -322,8 +330,26 @@ def _steps(count: int) -> str:
     return "step" if count == 1 else "steps"
 
 
+WHY_REFUSED = {
+    "no_budget": "the step's token budget was spent",
+    "no_slot": "every slot was taken",
+    "no_memory": "too few free blocks",
+    "not_pending": "it had nothing to compute",
+}
+
+
 def _obstacle(step: RunStep, residents: Residents, limits: InstanceLimits | None, request_id: RequestId) -> str:
-    """What kept a waiting request out of a step, as far as the step itself shows it."""
+    """What kept a waiting request out of a step: what the step says, or, in a journal of an engine that gives no
+    reasons, what it shows."""
+    refused = {reason.request_id: reason.why for reason in step.reasons if reason.choice == "refused"}
+    if request_id in refused:
+        return WHY_REFUSED.get(refused[request_id], refused[request_id])
+    others = [waiting_id for waiting_id in refused if waiting_id != EVERYBODY and waiting_id not in residents.running]
+    if others:
+        why = WHY_REFUSED.get(refused[others[-1]], refused[others[-1]])
+        return f"{others[-1]} stood before it, and {why}"
+    if EVERYBODY in refused:
+        return WHY_REFUSED.get(refused[EVERYBODY], refused[EVERYBODY])
     if limits is None:
         return "others came first"
     num_tokens = sum(num_tokens for _, num_tokens in step.grants)
@@ -341,6 +367,10 @@ def _why_preempted(
     step: RunStep, residents: Residents, was_running: dict[RequestId, None], request: Request | None
 ) -> str:
     """Who took its place: those of a higher class that the same step admitted, or nobody, if only memory ran out."""
+    said = [reason for reason in step.reasons if request is not None and reason.request_id == request.id]
+    if said and said[0].choice == "preempted":
+        whom = said[0].why.removeprefix("no_memory for ")
+        return f"memory ran out for {'its own next block' if request and whom == request.id else whom}"
     admitted = [
         residents.requests[request_id]
         for request_id, _ in step.grants

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from rota.base.instant import Instant, to_milliseconds
 from rota.base.journal import Row
 from rota.base.timeline import Timeline
-from rota.serving.model.commands import Abort, Dispatch, Fail, Reject, RejectSequence, RunStep
+from rota.serving.model.commands import Abort, Dispatch, Fail, Hold, Reject, RejectSequence, RunStep
 from rota.serving.model.events import (
     ClientLeft,
     InstanceDraining,
@@ -128,7 +128,7 @@ class _Drawing:
     def end(self) -> None:
         for machine, residents in self._instances.items():
             if residents.step is not None:
-                self._close_step(machine, residents, residents.step, 1, is_finished=False)
+                self._close_step(machine, residents, residents.step, is_finished=False)
         for machine, request_id in list(self._phases):
             self._close_phase(machine, request_id, "unfinished")
         for request_id in list(self._requests):
@@ -155,8 +155,16 @@ class _Drawing:
 
     def _decision(self, command: object) -> None:
         if isinstance(command, Dispatch):
-            facts = {"request": command.request_id, "reason": command.reason, "attempt": command.attempt}
+            facts: dict[str, Any] = {
+                "request": command.request_id,
+                "reason": command.reason,
+                "attempt": command.attempt,
+            }
+            if command.scores:
+                facts["scores"] = dict(command.scores)
             self._mark(ROUTER, f"dispatch to {command.instance_id}", facts)
+        elif isinstance(command, Hold):
+            self._mark(ROUTER, "hold", {"request": command.request_id, "reason": command.reason})
         elif isinstance(command, Reject):
             facts = {"request": command.request_id, "reason": command.reason, "status": command.status}
             self._mark(ROUTER, "reject", facts)
@@ -182,7 +190,7 @@ class _Drawing:
         residents = self._instances.setdefault(row.machine, Residents())
         step = residents.step
         if step is not None and isinstance(row.event, StepFinished):
-            self._close_step(row.machine, residents, step, row.event.num_steps, is_finished=True)
+            self._close_step(row.machine, residents, step, is_finished=True)
         for change in residents.tell(row):
             self._change(row.machine, change)
         if residents.step is not None and residents.step is not step:
@@ -215,18 +223,17 @@ class _Drawing:
             name, began_at = phase
             self.timeline.add_async_span(request_id, resource_of(machine), name, began_at, self._at, {"end": end})
 
-    def _close_step(
-        self, machine: str, residents: Residents, step: RunStep, num_steps: int, *, is_finished: bool
-    ) -> None:
+    def _close_step(self, machine: str, residents: Residents, step: RunStep, *, is_finished: bool) -> None:
         num_tokens = sum(num_tokens for _, num_tokens in step.grants)
         args: dict[str, Any] = {
             "step_id": step.step_id,
-            "num_steps": num_steps,
             "num_seqs": len(step.grants),
             "num_tokens": num_tokens,
         }
         if step.preempted:
             args["preempted"] = list(step.preempted)
+        if step.reasons:
+            args["reasons"] = [f"{reason.request_id} {reason.choice}: {reason.why}" for reason in step.reasons]
         if not is_finished:
             args["end"] = "unfinished"
         name = _kind_of_step(step)

@@ -48,7 +48,7 @@ async def running_router(
         InstanceSpec(InstanceId(f"sim-{index}"), limits or InstanceLimits(num_blocks=4096))
         for index in range(num_simulated)
     )
-    config = SystemConfig(stack=stack or StackConfig(), instances=specs, seed=seed, is_leaping=False)
+    config = SystemConfig(stack=stack or StackConfig(), instances=specs, seed=seed)
     journal = Journal(header_for(config, seed), keep_rows=True)
     loop = LiveLoop(SystemClock(), journal)
     system = build(config)

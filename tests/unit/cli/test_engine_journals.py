@@ -23,7 +23,7 @@ NUM_STEPS = 12
 def journal(tmp_path: Path) -> Path:
     """What an engine writes that is told of four requests and then steps; one leaves, one ends, memory is short."""
     policies = engine_policies(StackConfig(order="strict_priority"), EVERYTHING, "an engine")
-    machine = LoopMachine(LIMITS, order=policies.order, batch=policies.batch, memory=policies.memory, repeat=False)
+    machine = LoopMachine(LIMITS, order=policies.order, batch=policies.batch, memory=policies.memory)
     stack = tmp_path / "stack.toml"
     stack.write_text('order = "strict_priority"\n')
     path = tmp_path / "engine.jsonl"
@@ -38,7 +38,7 @@ def journal(tmp_path: Path) -> Path:
         assert isinstance(command, RunStep)
         written.step(command.step_id, dict(command.grants), command.preempted, command.num_free_blocks, now)
         finished = (RequestId("r-3"),) if step == 8 else ()
-        machine.handle(StepFinished(command.step_id, 1, finished), Instant(now + 5))
+        machine.handle(StepFinished(command.step_id, finished), Instant(now + 5))
         written.finished(command.step_id, finished, now + 5)
         if step == 10:
             machine.handle(SequenceAborted(RequestId("r-1")), Instant(now + 6))

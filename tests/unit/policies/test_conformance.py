@@ -223,7 +223,7 @@ BROKEN_ORDERS = {
     ByTheClockOnTheWall: "law 8",
     ByChance: "law 8",
     ByTheDateOfRelease: "law 8: at another time",
-    LeastServedByItsOwnCount: "law 8: step by step",
+    LeastServedByItsOwnCount: "law 15",
 }
 
 

@@ -54,7 +54,7 @@ def stalls(batch, order, memory, chunk_size):
         assert sum(granted.values()) <= chunk_size or not isinstance(batch(), StallFreeChunks)
 
     for seed in SEEDS:
-        play(seeded_workload(seed), EnginePolicies(order(), Looking(batch(), look), memory()), is_leaping=False)
+        play(seeded_workload(seed), EnginePolicies(order(), Looking(batch(), look), memory()), steady=False)
     return num_missed, num_preempted, num_decodes_served
 
 
@@ -82,7 +82,7 @@ def test_stall_free_chunks_bounds_the_gap_between_tokens():
     jobs.append(Job(Request(RequestId("long"), Instant(20 * MS), 900, 2), 2))
     longest = {}
     for batch in (StallFreeChunks(chunk_size=32), VllmDefault()):
-        played = play(Workload(limits, tuple(jobs)), EnginePolicies(Fcfs(), batch, RecomputeLast()), is_leaping=False)
+        played = play(Workload(limits, tuple(jobs)), EnginePolicies(Fcfs(), batch, RecomputeLast()), steady=False)
         ends = [row.at for row in played.rows if isinstance(row.event, StepFinished)]
         longest[type(batch)] = max(later - earlier for earlier, later in pairwise(ends[1:]))
     bound = Pace().step_time(prefills=[(32, 1000)], num_decodes=0, decode_kv_tokens=4 * 64)

@@ -348,7 +348,7 @@ def test_a_journal_that_was_touched_is_refused(tmp_path: Path, journal: bytes) -
         ("no text", b"".join(lines[:5]) + b"\xff" + lines[5], ":6:1: not a journal row"),
         ("no router in it", lines[0] + b'{"seq":0,"machine":"x","at":0,"kind":"deadline","event":null,"commands":[]}\n',
          ":3:1: no request arrives"),
-        ("another version", lines[0].replace(b'"version":1', b'"version":9'), ":1:1: a journal of version 9"),
+        ("another version", lines[0].replace(b'"version":2', b'"version":9'), ":1:1: a journal of version 9"),
     ):  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(DataError) as caught:

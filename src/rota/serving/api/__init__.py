@@ -1,5 +1,6 @@
 """Everything a policy imports, and all it imports (beside `rota.base`)."""
 
+from rota.serving.api.admitting import admit_waiting
 from rota.serving.api.cursors import InOrder
 from rota.serving.api.decisions import Admission, OnRefusal, Pick, Pool, Refusal
 from rota.serving.api.policies import (
@@ -51,4 +52,5 @@ __all__ = [
     "SequenceView",
     "StepTimePredictor",
     "TenantId",
+    "admit_waiting",
 ]

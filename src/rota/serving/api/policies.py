@@ -40,7 +40,8 @@ class OrderPolicy(Protocol):
     """Which waiting or running sequence is next.
 
     A policy may say `repeatable = True` if its answers depend on the sequences alone: not on `now`, nor on what its
-    cursors have heard. Then a step in which everybody decodes may be run several times before it is asked again.
+    cursors have heard. Then a machine need not ask it about running sequences while all of them get what they need, nor
+    again about waiting ones while the same sequences decode and nobody could start.
     """
 
     requires: EngineCapabilities
@@ -121,7 +122,8 @@ class BatchPolicy(Protocol):
 
     requires: EngineCapabilities
     shape: BatchShape | None
-    """The policy as a shape, or None if only free composition can express it (then no engine but ours hosts it)."""
+    """The policy as a shape, or None if only free composition can express it (then no engine but ours hosts it).
+    Hosts go by the shape where there is one, so `plan` must be the pass over it."""
 
     def plan(self, draft: BatchDraft, order: OrderPolicy) -> None:
         """Compose one step."""

@@ -6,7 +6,6 @@ One request has one owner and one end. What the host owes in return for a `Dispa
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import assert_never
 
 from rota.base.errors import ConfigError, LawBroken, PolicyError, RotaError
@@ -15,7 +14,8 @@ from rota.serving.api import AdmissionPolicy, DispatchPolicy, InstanceView, Pick
 from rota.serving.cluster.ledger import ClusterReading, InstanceLedger
 from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, InstanceState, RequestState
 from rota.serving.cluster.prefix_index import PrefixIndex
-from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Reject
+from rota.serving.cluster.tracked import ClusterCounts, TrackedRequest
+from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Hold, Reject
 from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
@@ -30,36 +30,6 @@ from rota.serving.model.events import (
 )
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterCounts:
-    """How many requests are in each state now, and how many have ended in each way since the start."""
-
-    num_arrived: int
-    num_queued: int
-    num_assigned: int
-    num_running: int
-    num_finished: int
-    num_rejected: int
-    num_failed: int
-    num_aborted: int
-
-
-class _TrackedRequest:
-    """One unfinished request: its state, its owner, and what went wrong so far."""
-
-    __slots__ = ("failures", "instance_id", "num_attempts", "request", "state")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.state = str(REQUEST_LIFECYCLE.initial)
-        self.instance_id: InstanceId | None = None
-        self.num_attempts = 0
-        self.failures: tuple[tuple[InstanceId, str], ...] = ()
-
-    def move(self, event: str) -> None:
-        self.state = REQUEST_LIFECYCLE.move(self.state, event)
 
 
 class ClusterMachine:
@@ -113,7 +83,7 @@ class ClusterMachine:
         self._num_recent = num_recent
 
         self._now: Instant | None = None
-        self._requests: dict[RequestId, _TrackedRequest] = {}
+        self._requests: dict[RequestId, TrackedRequest] = {}
         # Deadlines in the order of holding, which is the order of the deadlines, since every hold is equally long.
         self._held: OrderedDict[RequestId, Instant] = OrderedDict()
         self._recent: OrderedDict[RequestId, None] = OrderedDict()
@@ -243,8 +213,8 @@ class ClusterMachine:
             raise LawBroken(f"law 1: request {request.id} arrived twice")
         if request.arrived_at > now:
             raise LawBroken(f"law 5: request {request.id} arrived at {request.arrived_at}, after now ({now})")
-        tracked = _TrackedRequest(request)
-        refusal = self._refusal_at_the_door(request, now)
+        tracked = TrackedRequest(request)
+        refusal = self._refusal_at_the_door(tracked, now)
         candidates = self._candidates(tracked) if refusal is None else ()
         if refusal is None and not candidates and len(self._held) >= self._max_queued:
             refusal = Reject(
@@ -261,11 +231,11 @@ class ClusterMachine:
             self._end(tracked, "rejected")
             return (refusal,)
         if pick is None:
-            self._hold(tracked, now)
-            return ()
+            return (self._hold(tracked, now),)
         return (self._dispatch(tracked, pick),)
 
-    def _refusal_at_the_door(self, request: Request, now: Instant) -> Reject | None:
+    def _refusal_at_the_door(self, tracked: TrackedRequest, now: Instant) -> Reject | None:
+        request = tracked.request
         if self._max_prompt_anywhere is not None and request.num_prompt_tokens > self._max_prompt_anywhere:
             return self._never_fits(request)
         policy = self._admission_policy
@@ -276,6 +246,7 @@ class ClusterMachine:
         except Exception as error:
             raise _broken(policy, f"raised {error!r}", request) from error
         if admission.admitted:
+            tracked.admission = admission.reason
             return None
         if not admission.reason:
             raise _broken(policy, "refused without a reason (law 11)", request)
@@ -289,7 +260,7 @@ class ClusterMachine:
         )
         return Reject(request.id, reason, 400)
 
-    def _candidates(self, tracked: _TrackedRequest) -> Sequence[InstanceView]:
+    def _candidates(self, tracked: TrackedRequest) -> Sequence[InstanceView]:
         """Ready instances that the request fits, without those that failed it while there are others; by id."""
         num_prompt_tokens = tracked.request.num_prompt_tokens
         if num_prompt_tokens <= self._max_prompt_everywhere and not tracked.failures:
@@ -313,7 +284,7 @@ class ClusterMachine:
             raise _broken(policy, f"picked {pick.instance_id!r} without a reason", request)
         return pick
 
-    def _dispatch(self, tracked: _TrackedRequest, pick: Pick) -> Dispatch:
+    def _dispatch(self, tracked: TrackedRequest, pick: Pick) -> Dispatch:
         tracked.move("dispatched")
         tracked.instance_id = pick.instance_id
         tracked.num_attempts += 1
@@ -326,10 +297,16 @@ class ClusterMachine:
             reason = (
                 f"attempt {tracked.num_attempts} of {self._max_attempts}, since {failed_on} failed ({why}): {reason}"
             )
-        return Dispatch(tracked.request.id, pick.instance_id, reason, tracked.num_attempts)
+        admission, tracked.admission = tracked.admission, ""
+        return Dispatch(tracked.request.id, pick.instance_id, reason, tracked.num_attempts, pick.scores, admission)
 
-    def _hold(self, tracked: _TrackedRequest, now: Instant) -> None:
-        self._held[tracked.request.id] = after(now, self._hold_timeout)
+    def _hold(self, tracked: TrackedRequest, now: Instant) -> Hold:
+        request = tracked.request
+        self._held[request.id] = after(now, self._hold_timeout)
+        num_ready = len(self._ready)
+        why = f"none of {num_ready} takes {request.num_prompt_tokens} prompt tokens" if num_ready else "none is ready"
+        admission, tracked.admission = tracked.admission, ""
+        return Hold(request.id, f"no instance can take it: {why}", admission)
 
     def _dispatch_held(self, now: Instant) -> list[ClusterCommand]:
         """Dispatch what is held and can go now, by class and arrival; refuse what turns out to fit nowhere."""
@@ -359,10 +336,10 @@ class ClusterMachine:
             return (self._fail(tracked, f"all {tracked.num_attempts} attempts failed"),)
         tracked.move("retried")
         self._release(tracked)
-        self._hold(tracked, now)
+        held = self._hold(tracked, now)
         candidates = self._candidates(tracked)
         if not candidates:
-            return ()
+            return (held,)
         pick = self._pick(tracked.request, candidates, now)
         del self._held[tracked.request.id]
         return (self._dispatch(tracked, pick),)
@@ -375,24 +352,24 @@ class ClusterMachine:
         self._end(tracked, "aborted")
         return () if instance_id is None else (Abort(request_id, instance_id, "the client left"),)
 
-    def _give_up(self, tracked: _TrackedRequest, reason: str) -> Reject | Fail:
+    def _give_up(self, tracked: TrackedRequest, reason: str) -> Reject | Fail:
         """End a held request. One that was tried did not only meet a closed door: it failed."""
         if tracked.num_attempts:
             return self._fail(tracked, reason)
         self._end(tracked, "rejected")
         return Reject(tracked.request.id, reason, 503, self._retry_after)
 
-    def _fail(self, tracked: _TrackedRequest, reason: str) -> Fail:
+    def _fail(self, tracked: TrackedRequest, reason: str) -> Fail:
         attempts = "; ".join(f"{instance_id}: {why}" for instance_id, why in tracked.failures)
         self._end(tracked, "failed")
         return Fail(tracked.request.id, f"{reason} ({attempts})" if attempts else reason)
 
-    def _owned(self, request_id: RequestId, instance_id: InstanceId) -> _TrackedRequest | None:
+    def _owned(self, request_id: RequestId, instance_id: InstanceId) -> TrackedRequest | None:
         """The request, if this instance is its owner: else the fact is about an attempt that is over."""
         tracked = self._requests.get(request_id)
         return tracked if tracked is not None and tracked.instance_id == instance_id else None
 
-    def _end(self, tracked: _TrackedRequest, event: str) -> None:
+    def _end(self, tracked: TrackedRequest, event: str) -> None:
         """The one way out: take the last step of the lifecycle and forget the request, but for its id."""
         request_id = tracked.request.id
         tracked.move(event)
@@ -404,7 +381,7 @@ class ClusterMachine:
         if len(self._recent) > self._num_recent:
             self._recent.popitem(last=False)
 
-    def _release(self, tracked: _TrackedRequest) -> None:
+    def _release(self, tracked: TrackedRequest) -> None:
         """Take the request off its instance's account."""
         if tracked.instance_id is not None:
             ledger = self._ledgers[tracked.instance_id]
@@ -484,7 +461,7 @@ def _by_id(ledgers: Iterable[InstanceLedger]) -> tuple[InstanceLedger, ...]:
     return tuple(sorted(ledgers, key=lambda ledger: ledger.id))
 
 
-def _hold_order(tracked: _TrackedRequest) -> tuple[int, Instant, RequestId]:
+def _hold_order(tracked: TrackedRequest) -> tuple[int, Instant, RequestId]:
     return tracked.request.priority, tracked.request.arrived_at, tracked.request.id
 
 

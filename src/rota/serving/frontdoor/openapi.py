@@ -40,15 +40,9 @@ def describe(limits: HttpLimits) -> dict[str, Any]:
             },
             "/metrics": {"get": _page("metrics", "Prometheus text format", "text/plain", None)},
             "/openapi.json": {"get": _page("describe", "This description", _JSON, None)},
-            INSTANCES: {
-                "get": _page("listInstances", "Every instance", _JSON, "Instances", more=_administered("403"))
-            },
-            DRAIN: {
-                "post": _instance_change("drainInstance", "It takes nothing new, and finishes what it has")
-            },
-            UNDRAIN: {
-                "post": _instance_change("undrainInstance", "It takes requests again, once it is well")
-            },
+            INSTANCES: {"get": _page("listInstances", "Every instance", _JSON, "Instances", more=_administered("403"))},
+            DRAIN: {"post": _instance_change("drainInstance", "It takes nothing new, and finishes what it has")},
+            UNDRAIN: {"post": _instance_change("undrainInstance", "It takes requests again, once it is well")},
         },
         "components": {"schemas": _schemas()},
     }

@@ -124,7 +124,7 @@ def build_server(
     instance_id: InstanceId, limits: InstanceLimits, stack: StackConfig, step_time: StepTimePredictor, seed: int
 ) -> SimulatedServer:
     """A server around one fresh simulated engine; it listens once its `server.start` is awaited."""
-    config = SystemConfig(stack=stack, instances=(InstanceSpec(instance_id, limits),), seed=seed, is_leaping=False)
+    config = SystemConfig(stack=stack, instances=(InstanceSpec(instance_id, limits),), seed=seed)
     loop = LiveLoop(SystemClock())
     (engine,) = simulated_engines(loop, build(config), config, step_time)
     return SimulatedServer(engine, loop, name=instance_id)

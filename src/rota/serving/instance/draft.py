@@ -1,16 +1,31 @@
 """A step being composed: every grant is checked as it is written, and the whole can be taken back."""
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rota.base.errors import PolicyError
-from rota.serving.api import MemoryPolicy, OrderPolicy, Refusal, SequenceView
+from rota.serving.api import NOTHING, EngineView, MemoryPolicy, OrderPolicy, Refusal, SequenceView
 from rota.serving.instance.displacement import choose_displaced
 from rota.serving.instance.ledger import BlockLedger
 from rota.serving.instance.sequence import Sequence
+from rota.serving.model.commands import REASONS_MAX, Reason
+from rota.serving.model.request import RequestId
 
 if TYPE_CHECKING:
     from rota.serving.instance.machine import InstanceMachine
+
+
+class _NobodyToPreempt:
+    """The memory policy of a walk that makes no victims."""
+
+    requires = NOTHING
+    victim_order: Literal["line", "admission"] = "line"
+
+    def victim(self, view: EngineView, candidates: SequenceOf[SequenceView], needy: SequenceView) -> None:
+        return None
+
+
+_NOBODY_TO_PREEMPT = _NobodyToPreempt()
 
 
 class StepDraft:
@@ -33,9 +48,18 @@ class StepDraft:
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
         """In the order in which it happened, displaced ones first."""
+        self.reasons: list[Reason] = []
+        """Why somebody was stopped or not served; the first `REASONS_MAX`."""
         self._line: SequenceOf[SequenceView] = machine.running
         eligible = len(machine.running) + len(machine.waiting)
         self._chunk_max = limits.long_prefill_token_threshold if eligible > 1 else 0
+
+    @classmethod
+    def after_running(cls, machine: "InstanceMachine", ledger: BlockLedger, token_budget: int) -> "StepDraft":
+        """A draft in which all that run have been served, for the walk over those that wait: it preempts nobody."""
+        draft = cls(machine, ledger, _NOBODY_TO_PREEMPT)
+        draft.token_budget = token_budget
+        return draft
 
     def limit_tokens(self, token_budget: int) -> None:
         if self.grants:
@@ -66,6 +90,7 @@ class StepDraft:
             sequence = _own(victim)
             ledger.release(sequence, sequence.num_computed_tokens, will_return=True)
             self.preempted.append(sequence)
+            self._note(sequence.id, "displaced", "outranked by one that waits and could not start otherwise")
             self.view.step_back(sequence)
         if victims:
             self._line = self.view.running
@@ -79,9 +104,13 @@ class StepDraft:
             raise PolicyError(f"a grant of {num_tokens} tokens was asked for {own.id}")
         if own.granted:
             raise PolicyError(f"{own.id} was granted tokens twice in one step")
-        if own.state == "running":
-            return self._grant_running(own, num_tokens)
-        return self._grant_waiting(own, num_tokens)
+        result = (
+            self._grant_running(own, num_tokens) if own.state == "running" else self._grant_waiting(own, num_tokens)
+        )
+        # One that has just been preempted was told why.
+        if result.__class__ is Refusal and result is not Refusal.NOT_PENDING:
+            self._note(own.id, "refused", result.value)
+        return result
 
     def _grant_running(self, sequence: Sequence, num_tokens: int) -> int | Refusal:
         computed = sequence.num_computed_tokens
@@ -135,7 +164,13 @@ class StepDraft:
         self._ledger.release(sequence, sequence.num_computed_tokens, will_return=True)
         self.preempted.append(sequence)
         self.num_preempted += 1
+        self._note(sequence.id, "preempted", f"{Refusal.NO_MEMORY.value} for {needy.id}")
         return True
+
+    def _note(self, request_id: RequestId, choice: Literal["refused", "preempted", "displaced"], why: str) -> None:
+        reason = Reason(request_id, choice, why)
+        if len(self.reasons) < REASONS_MAX and reason not in self.reasons:
+            self.reasons.append(reason)
 
     def _grant_waiting(self, sequence: Sequence, num_tokens: int) -> int | Refusal:
         if self.token_budget <= 0:

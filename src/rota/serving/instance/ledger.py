@@ -165,13 +165,17 @@ class BlockLedger:
         num_new = -(-num_tokens // self.block_size) - holding.num_blocks
         if num_new <= 0:
             return
-        num_evicted = num_new - self.num_free
-        if num_evicted > 0:
-            self._evict(num_evicted)
-        self.num_free -= num_new
+        self.take(num_new)
         holding.num_blocks += num_new
-        if self._undo is not None:
-            self._undo.append((self._undo_extend, (holding, num_new)))
+        self._log(self._undo_extend, holding, num_new)
+
+    def take(self, num_new: int) -> None:
+        """Hand out that many blocks, to holdings that note them themselves. The caller has checked that they can be
+        had."""
+        if num_new > self.num_free:
+            self._evict(num_new - self.num_free)
+        self.num_free -= num_new
+        self._log(self._undo_take, num_new)
 
     def publish(self, holding: Holding, num_tokens: int) -> None:
         """Make the full hashed blocks among the first `num_tokens` tokens findable, as vLLM does when it plans the step
@@ -307,6 +311,8 @@ class BlockLedger:
 
     def _undo_extend(self, holding: Holding, num_new: int) -> None:
         holding.num_blocks -= num_new
+
+    def _undo_take(self, num_new: int) -> None:
         self.num_free += num_new
 
     def _undo_publish(self, holding: Holding, block: int) -> None:

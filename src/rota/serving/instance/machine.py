@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 from rota.base.errors import LawBroken, PolicyError, StarvationError
 from rota.base.instant import Instant
-from rota.serving.api import BatchPolicy, MemoryPolicy, OrderPolicy
+from rota.serving.api import BatchPolicy, MemoryPolicy, OrderPolicy, Refusal
+from rota.serving.instance.composition import StepComposition
+from rota.serving.instance.decodes import DecodeGroup
 from rota.serving.instance.draft import StepDraft
 from rota.serving.instance.ledger import BlockLedger
 from rota.serving.instance.sequence import Sequence
+from rota.serving.instance.steady import SteadyPass
 from rota.serving.instance.waiting import WaitingQueue
-from rota.serving.model.commands import Grant, InstanceCommand, RejectSequence, RunStep
+from rota.serving.model.commands import EVERYBODY, REASONS_MAX, Grant, InstanceCommand, Reason, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceLimits
 from rota.serving.model.request import Request, RequestId
@@ -39,6 +42,10 @@ class InstanceMachine:
 
     At most one step is in flight. A step is planned when something arrives at an idle machine and whenever a step has
     finished with work left. The machine is also the `EngineView` that its policies read.
+
+    There are two ways to the same plan. Whoever only decodes is in a group that advances by arithmetic, and while
+    everybody who runs gets what it needs, a step costs what changes in it (`steady.py`). Where room or budget lacks, or
+    for policies that must see every step, the batch policy composes the step sequence by sequence.
     """
 
     def __init__(
@@ -48,9 +55,10 @@ class InstanceMachine:
         order: OrderPolicy,
         batch: BatchPolicy,
         memory: MemoryPolicy,
-        repeat: bool = True,
+        steady: bool = True,
     ) -> None:
-        """`repeat` allows a command to stand for several equal steps (see `RunStep.max_repeats`)."""
+        """`steady` False composes every step sequence by sequence: for tests, which hold the two ways against each
+        other."""
         self.limits = limits
         self.now = Instant(0)
         self.running: list[Sequence] = []
@@ -58,14 +66,18 @@ class InstanceMachine:
         self._order = order
         self._batch = batch
         self._memory = memory
-        # A policy that looks at the clock, or counts what it grants, must be asked for every step.
-        self._repeat = repeat and batch.shape is not None and getattr(order, "repeatable", False)
         self._ledger = BlockLedger(
             limits.num_blocks, limits.block_size, enable_prefix_caching=limits.enable_prefix_caching
         )
         self._max_model_len = min(limits.max_model_len, limits.num_blocks * limits.block_size)
         self._sequences: dict[RequestId, Sequence] = {}
         self._in_flight: RunStep | None = None
+        self._group = DecodeGroup(limits.block_size)
+        self.apart: list[Sequence] = []
+        """Running sequences that are not in the group, in order of admission."""
+        self.composition = StepComposition()
+        """What the step in flight holds in sum, for the world that must time it."""
+        self._steady = SteadyPass.of(self, self._ledger, self._group, order, batch) if steady else None
         self._step_id = 0
         self._admissions = 0
         self._num_steps = 0
@@ -96,6 +108,7 @@ class InstanceMachine:
             sequence = Sequence(event.request, 0)
             self._sequences[sequence.id] = sequence
             self.waiting.append(sequence)
+            self._unsettle()
             return self._plan() if self._in_flight is None else ()
         if isinstance(event, SequenceAborted):
             self._abort(event.request_id)
@@ -158,9 +171,9 @@ class InstanceMachine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return
+        self._unsettle()
         if sequence.state == "running":
-            self.running.remove(sequence)
-            self._ledger.release(sequence, sequence.num_computed_tokens, will_return=False)
+            self._stop(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.move("aborted")
@@ -169,37 +182,50 @@ class InstanceMachine:
         step = self._in_flight
         if step is None or event.step_id != step.step_id:
             raise LawBroken(f"step {event.step_id} finished, but {step.step_id if step else 'none'} is in flight")
-        if not 1 <= event.num_steps <= step.max_repeats:
-            raise LawBroken(f"step {event.step_id} ran {event.num_steps} times, {step.max_repeats} were allowed")
         self._in_flight = None
-        self._num_steps += event.num_steps
+        self._num_steps += 1
+        group = self._group
+        group.finish()
+        if self.apart:
+            self._gather()
         sequences = self._sequences
-        more = event.num_steps - 1
-        for request_id, _ in step.grants:
-            sequence = sequences.get(request_id)
-            # A sequence may be gone (aborted), or be another of the same name that has not run yet.
-            if sequence is None or not sequence.granted:
-                continue
-            sequence.granted = 0
-            if sequence.num_computed_tokens == sequence.num_tokens:
-                sequence.num_tokens += 1 + more
-                if more:
-                    sequence.num_computed_tokens += more
-                    self._ledger.extend(sequence, sequence.num_computed_tokens)
         for request_id in event.finished:
             sequence = sequences.get(request_id)
             if sequence is None:
                 continue
             if sequence.state != "running" or sequence.num_computed_tokens + 1 != sequence.num_tokens:
                 raise LawBroken(f"law 2: {sequence!r} was said to have ended, but has no token to end with")
-            self.running.remove(sequence)
-            self._ledger.release(sequence, sequence.num_computed_tokens, will_return=False)
+            self._stop(sequence)
             sequence.move("finished")
             del sequences[request_id]
+
+    def _gather(self) -> None:
+        """Give those that caught up in the step that has finished their token, and take them into the group."""
+        group = self._group
+        left = []
+        for sequence in self.apart:
+            if sequence.granted:
+                sequence.granted = 0
+                if sequence.num_computed_tokens == sequence.num_tokens:
+                    sequence.num_tokens += 1
+                    group.join(sequence)
+                    continue
+            left.append(sequence)
+        self.apart = left
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a running sequence that has ended out of everything."""
+        self.running.remove(sequence)
+        if sequence.is_paced:
+            self._group.leave(sequence)
+        else:
+            self.apart.remove(sequence)
+        self._ledger.release(sequence, sequence.num_computed_tokens, will_return=False)
 
     def step_back(self, sequence: Sequence) -> None:
         """Put a preempted sequence, whose blocks are released, back at the front of the queue."""
         self.running.remove(sequence)
+        self.apart.remove(sequence)
         sequence.move("preempted")
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
@@ -207,22 +233,49 @@ class InstanceMachine:
         self.waiting.prepend(sequence)
 
     def _plan(self) -> SequenceOf[InstanceCommand]:
+        if not self._sequences:
+            return ()
+        if self._steady is not None:
+            planned = self._steady.plan()
+            if planned is not None:
+                return [self._command(*planned)]
+        return self._compose()
+
+    def _unsettle(self) -> None:
+        """The next step may differ from the one in flight."""
+        if self._steady is not None:
+            self._steady.is_repeating = False
+
+    def _compose(self) -> SequenceOf[InstanceCommand]:
+        """Have the batch policy compose the step."""
+        self._unsettle()
+        self._group.dissolve()
+        self.apart = list(self.running)
         preempted: list[RequestId] = []
+        reasons: list[Reason] = []
         for _ in range(REPLANS_MAX):
-            if not self._sequences:
-                return ()
             draft = StepDraft(self, self._ledger, self._memory)
             self._ledger.begin()
             try:
                 self._batch.plan(draft, self._order)
             except BaseException as error:
-                self._take_back(draft, error)
+                self.take_back(draft, error)
                 raise
             self._ledger.commit()
-            self._apply(draft)
+            for sequence in draft.preempted:
+                if sequence.state == "running":
+                    self.step_back(sequence)
+            self.admit(draft.admitted)
+            self._group.plan()
+            step = self.composition = StepComposition()
+            for sequence in draft.grants:
+                sequence.num_computed_tokens += sequence.granted
+                step.add(sequence, sequence.granted)
             preempted += [sequence.id for sequence in draft.preempted]
+            reasons += draft.reasons
             if draft.grants:
-                return [self._command(draft, preempted)]
+                grants = tuple([Grant(sequence.id, sequence.granted) for sequence in draft.grants])
+                return [self._command(grants, reasons, draft.token_budget, tuple(preempted), draft.num_preempted)]
             if not draft.preempted:
                 break
         head = next(iter(self.waiting), None) or self.running[0]
@@ -232,7 +285,8 @@ class InstanceMachine:
             hint="a batch policy must serve somebody whenever a sequence has pending tokens and room",
         )
 
-    def _take_back(self, draft: StepDraft, error: BaseException) -> None:
+    def take_back(self, draft: StepDraft, error: BaseException) -> None:
+        """Undo a draft whose policy failed. Raises `PolicyError` where that is impossible."""
         self._ledger.rollback()
         for sequence in draft.grants:
             sequence.granted = 0
@@ -243,52 +297,61 @@ class InstanceMachine:
                 f"the policy failed after sequences had been displaced; this instance cannot go on: {error}"
             ) from error
 
-    def _apply(self, draft: StepDraft) -> None:
-        for sequence in draft.preempted:
-            if sequence.state == "running":
-                self.step_back(sequence)
-        for sequence in draft.admitted:
+    def admit(self, admitted: SequenceOf[Sequence]) -> None:
+        """Move sequences that were granted their first tokens from the queue to the running ones."""
+        for sequence in admitted:
             self.waiting.remove(sequence)
             first = sequence.state == "waiting"
             sequence.move("admitted")
             sequence.admitted_seq = self._admissions
             self._admissions += 1
             self.running.append(sequence)
+            self.apart.append(sequence)
             if first:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
                 self._num_cached_tokens += sequence.num_computed_tokens
                 self._num_prompt_tokens += sequence.num_prompt_tokens
-        for sequence in draft.grants:
-            sequence.num_computed_tokens += sequence.granted
 
-    def _command(self, draft: StepDraft, preempted: list[RequestId]) -> RunStep:
+    def _command(
+        self,
+        grants: tuple[Grant, ...],
+        reasons: list[Reason],
+        budget_left: int,
+        preempted: tuple[RequestId, ...] = (),
+        num_preempted: int = 0,
+    ) -> RunStep:
         self._step_id += 1
-        grants = draft.grants
-        step = RunStep(
-            step_id=self._step_id,
-            grants=tuple([Grant(sequence.id, sequence.granted) for sequence in grants]),
-            preempted=tuple(preempted),
-            num_free_blocks=self._ledger.num_available,
-            max_repeats=self._max_repeats(grants) if self._repeat else 1,
-        )
+        if len(self.waiting) and not (budget_left and not num_preempted):
+            # The walk over those that wait ended for want of budget, or was never begun.
+            why = Refusal.NO_MEMORY if num_preempted else Refusal.NO_BUDGET
+            reasons = [*reasons[: REASONS_MAX - 1], Reason(EVERYBODY, "refused", why.value)]
+        step = RunStep(self._step_id, grants, preempted, self._ledger.num_available, tuple(reasons[:REASONS_MAX]))
         self._in_flight = step
         return step
 
-    def _max_repeats(self, grants: list[Sequence]) -> int:
-        """How often this very step could be run before any policy might answer differently: nobody waits, everybody who
-        runs decodes one token and got it, and no block runs out."""
-        if len(self.waiting) or len(grants) != len(self.running):
-            return 1
-        block_size = self.limits.block_size
-        most = self._max_model_len
-        for sequence in grants:
-            # What is computed counts this step already. A sequence that has not caught up is a prefill under way.
-            if sequence.granted != 1 or sequence.num_computed_tokens != sequence.num_tokens:
-                return 1
-            left = min(
-                sequence.request.max_tokens - sequence.num_output_tokens, self._max_model_len - sequence.num_tokens
-            )
-            if left < most:
-                most = left
-        rounds = self._ledger.num_available // len(grants)
-        return max(1, min(most, rounds * block_size))
+    # --- leaping -----------------------------------------------------------------------------------------------------
+
+    def num_repeats(self) -> int:
+        """How many more times the step in flight would be ordered if nothing but steps happened and nobody ended: 0
+        unless everybody in it decodes, nobody who waits could start, and blocks last."""
+        if self._steady is None or self._in_flight is None or not self._steady.is_repeating or self.apart:
+            return 0
+        return self._group.num_steps_within(self._ledger.num_available)
+
+    def leap(self, num_steps: int, now: Instant) -> RunStep:
+        """The step in flight and its next `num_steps - 1` repeats have finished, the last at `now`, and one more is in
+        flight: that one is returned. Equals as many `StepFinished` in which nobody ended. At most `num_repeats()`."""
+        step = self._in_flight
+        if step is None or not 1 <= num_steps <= self.num_repeats():
+            raise LawBroken(f"a leap over {num_steps} steps, {self.num_repeats()} may be")
+        if now < self.now:
+            raise LawBroken(f"law 5: an instance was told of {now} after {self.now}")
+        self.now = now
+        self._num_steps += num_steps
+        self._step_id += num_steps
+        num_context_tokens = self.composition.num_context_tokens + num_steps * self._group.num_members
+        self._ledger.take(self._group.leap(num_steps))
+        self.composition = StepComposition(num_decodes=self._group.num_members, num_context_tokens=num_context_tokens)
+        step = RunStep(self._step_id, step.grants, (), self._ledger.num_available, step.reasons)
+        self._in_flight = step
+        return step

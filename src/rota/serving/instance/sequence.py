@@ -2,8 +2,8 @@
 
 from rota.base.instant import Instant
 from rota.base.table import TransitionTable
-from rota.serving.instance.ledger import Holding
-from rota.serving.model.request import Request, RequestId
+from rota.serving.instance.decodes import Paced
+from rota.serving.model.request import Request
 
 SEQUENCE = TransitionTable(
     "sequence",
@@ -19,43 +19,35 @@ SEQUENCE = TransitionTable(
 )
 
 
-class Sequence(Holding):
+class Sequence(Paced):
     """The state behind `SequenceView`. Only the instance machine and its draft write it."""
 
     __slots__ = (
         "admitted_seq",
         "arrived_at",
         "granted",
-        "id",
         "num_cached_tokens",
-        "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
-        "num_tokens",
         "priority",
         "queue_position",
-        "request",
         "state",
         "tenant",
     )
 
     def __init__(self, request: Request, queue_position: int) -> None:
-        super().__init__(request.id, request.block_hashes)
-        self.id: RequestId = request.id
-        self.request = request
+        super().__init__(request)
         self.priority = request.priority
         self.tenant = request.tenant
         self.arrived_at: Instant = request.arrived_at
         self.num_prompt_tokens = request.num_prompt_tokens
-        self.num_tokens = request.num_prompt_tokens
-        self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         """Of the computed tokens, those found in the prefix cache at the first admission."""
         self.num_preemptions = 0
         self.admitted_seq = -1
         self.queue_position = queue_position
         self.granted = 0
-        """Tokens granted by the draft under way."""
+        """Tokens that the step under way computes of it by itself; of one that goes along with the group, 0."""
         self.state: str = SEQUENCE.initial
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from rota.base.errors import ConfigError, EngineError, LawBroken
+from rota.base.errors import EngineError, LawBroken
 from rota.base.instant import Duration, Instant, to_seconds
 from rota.base.random_streams import RandomStreams, Stream
 from rota.runtime.live import LiveLoop
@@ -79,7 +79,6 @@ class SimulatedEngine:
         model: str = "simulated",
         step_overhead: Duration = Duration(0),
     ) -> None:
-        """`machine` must have been built without leaping (`SystemConfig.is_leaping`), since every token is spoken."""
         self.spec = spec
         self.model = model
         self._loop = loop
@@ -256,7 +255,7 @@ class SimulatedEngine:
         for _, speaker in speaking:
             self._speak(speaker)
         self._ended_at = self._due_at
-        self._loop.submit(self._name, StepFinished(step.step_id, 1, tuple(finished)))
+        self._loop.submit(self._name, StepFinished(step.step_id, tuple(finished)))
         self._ended_at = None
 
     def _speak(self, speaker: _Speaker) -> None:
@@ -298,11 +297,7 @@ def simulated_engines(
     model: str = "simulated",
     step_overhead: Duration = Duration(0),
 ) -> list[SimulatedEngine]:
-    """One simulated engine for each instance that the system was configured with.
-
-    Raises `ConfigError` if its machines may leap over steps."""
-    if config.is_leaping:
-        raise ConfigError("a live simulated engine speaks every token: build its system with is_leaping = false")
+    """One simulated engine for each instance that the system was configured with."""
     streams = RandomStreams(config.seed)
     return [
         SimulatedEngine(

@@ -1,6 +1,6 @@
 """Orders that machines give, in the imperative. Each ends in one outcome event."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -18,11 +18,22 @@ class Grant(NamedTuple):
     num_tokens: int
 
 
-class RunStep(msgspec.Struct, frozen=True, tag=True):
-    """Run one forward pass; the same batch may be repeated up to `max_repeats` times before the machine must be asked.
+EVERYBODY = RequestId("*")
+"""All who wait and were not looked at."""
 
-    The world runs it once or more and answers with one `StepFinished`.
-    """
+
+class Reason(NamedTuple):
+    """Why a sequence was not served, or was stopped, in a step."""
+
+    request_id: RequestId
+    """`EVERYBODY` where the walk over the waiting had ended, or was not begun."""
+    choice: Literal["refused", "preempted", "displaced"]
+    why: str
+    """A `Refusal`, and whom the room was for where somebody was stopped."""
+
+
+class RunStep(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Run one forward pass. The world answers with one `StepFinished`."""
 
     step_id: int
     grants: tuple[Grant, ...]
@@ -31,7 +42,12 @@ class RunStep(msgspec.Struct, frozen=True, tag=True):
     """Stopped before this step, in the order in which it happened."""
     num_free_blocks: int = 0
     """Blocks that can be had once this batch holds its own."""
-    max_repeats: int = 1
+    reasons: tuple[Reason, ...] = ()
+    """For whom the walk over the waiting stopped or passed over, and for each in `preempted`; `REASONS_MAX` at most."""
+
+
+REASONS_MAX = 16
+"""A step that passes over a long queue explains the first so many."""
 
 
 class RejectSequence(msgspec.Struct, frozen=True, tag=True):
@@ -46,7 +62,16 @@ InstanceCommand = RunStep | RejectSequence
 # --- from the cluster ------------------------------------------------------------------------------------------------
 
 
-class Dispatch(msgspec.Struct, frozen=True, tag=True):
+class Hold(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Keep a request until an instance can take it. The host has nothing to do."""
+
+    request_id: RequestId
+    reason: str
+    admission: str = ""
+    """Why the admission policy let it in."""
+
+
+class Dispatch(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Send a request to an instance."""
 
     request_id: RequestId
@@ -54,6 +79,10 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True):
     reason: str
     attempt: int = 1
     """1 for the first, one more for each retry."""
+    scores: tuple[tuple[InstanceId, float], ...] = ()
+    """What the policy made of each instance that it looked at."""
+    admission: str = ""
+    """Why the admission policy let it in; empty on a retry and after a hold, where that was said before."""
 
 
 class Reject(msgspec.Struct, frozen=True, tag=True):
@@ -81,4 +110,4 @@ class Fail(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-ClusterCommand = Dispatch | Reject | Abort | Fail
+ClusterCommand = Dispatch | Hold | Reject | Abort | Fail

@@ -15,15 +15,14 @@ class SequenceArrived(msgspec.Struct, frozen=True, tag=True):
     request: Request
 
 
-class StepFinished(msgspec.Struct, frozen=True, tag=True):
-    """The step that was ordered last has run, `num_steps` times over (1, or up to the command's `max_repeats`).
+class StepFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The step that was ordered last has run.
 
-    Every sequence whose computed tokens reached its total produced one token a step. `finished` names those whose last
-    token this was, in batch order; only the world can know.
+    Every sequence whose computed tokens reached its total produced one token. `finished` names those whose last token
+    this was, in batch order; only the world can know.
     """
 
     step_id: int
-    num_steps: int = 1
     finished: tuple[RequestId, ...] = ()
 
 

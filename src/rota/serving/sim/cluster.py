@@ -26,7 +26,7 @@ from rota.serving.model.events import (
 from rota.serving.model.instance import InstanceId, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 from rota.serving.sim.ground_truth import GroundTruth
-from rota.serving.sim.instance import RANK_ARRIVAL, SequenceState, SimulatedInstance, SimulatedMachine
+from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, SequenceState, SimulatedInstance, SimulatedMachine
 from rota.serving.sim.samples import Sampler
 from rota.serving.stack import engine_policies
 
@@ -55,6 +55,8 @@ class WorldOptions:
     """From the moment that a report describes until the router hears it."""
     restart_after: Duration = seconds(30)
     """From a crash until the instance takes requests again, where the fault does not say."""
+    leap: bool = True
+    """Whether runs of equal steps are played at once; without, every step by itself, with the same outcome."""
     start: Instant = Instant(0)
     """When the simulation begins; only the time-shift gate sets it."""
 
@@ -229,12 +231,14 @@ class SimulatedCluster:
             self,
             step_overhead=self._options.step_overhead,
             incarnation=self._incarnations[spec.id],
+            leap=self._options.leap,
+            rank=RANK_STEP - 1 - list(reversed(self._specs)).index(spec.id),
         )
         self.loop.deliver(CLUSTER, InstanceStarted(spec))
 
     def _build_machine(self, spec: InstanceSpec) -> SimulatedMachine:
         if self._engine == "model":
-            return build_instance(self.config.stack, spec, is_leaping=self.config.is_leaping)
+            return build_instance(self.config.stack, spec)
         # vLLM is an optional dependency, and heavy to import.
         from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
         from rota.serving.sim.vllm_machine import VllmMachine

@@ -1,7 +1,8 @@
 """An engine played by the world: it runs the steps that an instance machine orders, for as long as they take."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence, Sized
+from heapq import heappop, heappush, heapreplace
 from itertools import accumulate
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from rota.base.machine import Machine
 from rota.runtime.simulation import SimulationLoop
 from rota.serving.api import StepTimePredictor
 from rota.serving.assemble import instance_name
+from rota.serving.instance.composition import GrantedSequence, StepComposition
 from rota.serving.instance.machine import InstanceStatistics
 from rota.serving.model.commands import InstanceCommand, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
@@ -22,19 +24,16 @@ from rota.serving.sim.ground_truth import GroundTruth
 RANK_STEP = 0
 """At one instant a step ends before anything arrives, so that leaping over steps and taking them one by one agree."""
 RANK_ARRIVAL = 1
+RANK_TAKE_OFF = 999
+"""After everything else of an instant but deadlines."""
+
+STRIDE_MIN, STRIDE_MAX = 16, 4096
+"""Steps to time at once: few after a run that was cut short, more after each that was not."""
 
 
-class SequenceState(Protocol):
+class SequenceState(GrantedSequence, Protocol):
     """What the world reads of a sequence."""
 
-    @property
-    def request(self) -> Request: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_prompt_tokens(self) -> int: ...
-    @property
-    def num_computed_tokens(self) -> int: ...
     @property
     def num_cached_tokens(self) -> int: ...
     @property
@@ -50,7 +49,14 @@ class SimulatedMachine(Machine[InstanceEvent, InstanceCommand], Protocol):
     def waiting(self) -> Sized: ...
     @property
     def num_free_blocks(self) -> int: ...
+    @property
+    def composition(self) -> StepComposition:
+        """What the step in flight holds."""
+        ...
+
     def sequence(self, request_id: RequestId) -> SequenceState | None: ...
+    def num_repeats(self) -> int: ...
+    def leap(self, num_steps: int, now: Instant) -> RunStep: ...
     def statistics(self) -> InstanceStatistics: ...
 
 
@@ -61,7 +67,7 @@ class Listener(Protocol):
     def on_finished(
         self, instance_id: InstanceId, at: Instant, sequence: "SequenceState", num_output_tokens: int
     ) -> None:
-        """The sequence gives its last token; its own counts do not include this run of steps yet."""
+        """The sequence gives its last token; its own counts do not include this step yet."""
         ...
 
     def on_rejected(self, instance_id: InstanceId, request_id: RequestId, at: Instant, reason: str) -> None: ...
@@ -71,33 +77,29 @@ class Listener(Protocol):
 class _Flight:
     """A step under way, or a run of equal ones."""
 
-    __slots__ = ("command", "ends", "first_tokens", "handle", "last_tokens", "started_at")
+    __slots__ = ("command", "ends", "first_tokens", "handle", "num_ended", "started_at")
 
     def __init__(
-        self,
-        command: RunStep,
-        started_at: Instant,
-        ends: Sequence[int],
-        first_tokens: list[RequestId],
-        last_tokens: list[RequestId],
-        handle: int,
+        self, command: RunStep, started_at: Instant, ends: Sequence[int], first_tokens: list[RequestId]
     ) -> None:
         self.command = command
+        """The step that the machine thinks is in flight."""
         self.started_at = started_at
         self.ends = ends
         """End of each step, in nanoseconds since the start of the first."""
+        self.num_ended = 0
+        """How many of them the machine has been told of."""
         self.first_tokens = first_tokens
-        self.last_tokens = last_tokens
-        """Who ends with the last step of the run."""
-        self.handle = handle
+        self.handle = -1
 
 
 class SimulatedInstance:
     """One engine in the simulation.
 
     Between two moments when anything can change, a batch of decodes repeats itself; such a run of steps is timed at
-    once (the *leap*) and cut short when something arrives in between: what has run by then is reported, and the step
-    under way becomes the last. The machine hears and decides the same as if every step had been taken one by one."""
+    once (the *leap*) and cut short when something arrives in between: the machine is told how many have run by then,
+    and the step under way becomes the last. The machine decides the same as if every step had been taken one by one,
+    and where rows are recorded, they are the same rows."""
 
     def __init__(
         self,
@@ -110,9 +112,12 @@ class SimulatedInstance:
         *,
         step_overhead: Duration = Duration(0),
         incarnation: int = 0,
+        rank: int = RANK_STEP,
+        leap: bool = True,
     ) -> None:
         """`step_overhead` is the time between two steps in which the engine computes nothing. `incarnation` is how
-        often this instance was started before: a restarted engine is a fresh machine with a name of its own."""
+        often this instance was started before: a restarted engine is a fresh machine with a name of its own. `rank`, at
+        most `RANK_STEP`, orders instances whose steps end at one instant. `leap` False takes every step by itself."""
         self.spec = spec
         self.machine = machine
         self.name = instance_name(spec.id, incarnation)
@@ -123,10 +128,20 @@ class SimulatedInstance:
         self._truth = truth
         self._listener = listener
         self._overhead = step_overhead
+        self._beside: int = step_overhead
+        """What the step under way, and each repeat of it, takes beyond its own time."""
+        self._rank = rank
+        self._may_leap = leap
         self._flight: _Flight | None = None
-        self._resume_at: Instant | None = None
-        """When the step under way began, for a run that was cut short: its next command is for that step alone."""
         self._is_lost = False
+        self._num_steps = 0
+        """Steps that have ended; so the one under way has this number."""
+        self._ends: list[tuple[int, int, RequestId]] = []
+        """A heap of `(number of the step that gives the last token, tie-break, id)`. An entry may be too early, for a
+        sequence that missed a step since: it is put right when it comes up."""
+        self._is_listed: set[RequestId] = set()
+        self._num_listed = 0
+        self._stride = STRIDE_MIN
         loop.add_machine(self.name, machine, self.carry_out)
 
     # --- from the router ---------------------------------------------------------------------------------------------
@@ -184,7 +199,7 @@ class SimulatedInstance:
             self._listener.on_rejected(self.spec.id, command.request_id, now, command.reason)
 
     def catch_up(self) -> None:
-        """Report the steps of a run that have ended by now, and let the one under way be the last."""
+        """Tell the machine of the steps of a run that have ended by now, and let the one under way be the last."""
         flight = self._flight
         if flight is None or len(flight.ends) == 1:
             return
@@ -192,106 +207,158 @@ class SimulatedInstance:
         if num_ended == len(flight.ends):
             return  # its end is due at this very instant, ahead of whatever came
         self._loop.cancel(flight.handle)
-        if num_ended == 0:
-            self._fly(flight.command, flight.started_at, flight.ends[:1], flight.first_tokens, [])
+        self._leap(flight, num_ended)
+        self._stride = max(STRIDE_MIN, 2 * num_ended)
+        flight.ends = flight.ends[: num_ended + 1]
+        flight.handle = self._land_at(flight)
+
+    def _leap(self, flight: _Flight, num_ended: int) -> None:
+        """Tell the machine that so many steps of the flight have ended, those included that it knows of."""
+        num_new = num_ended - flight.num_ended
+        if num_new == 0:
             return
-        self._flight = None
-        self._resume_at = Instant(flight.started_at + flight.ends[num_ended - 1])
-        self._loop.deliver(self.name, StepFinished(flight.command.step_id, num_ended))
+        self._num_steps += num_new
+        if not self._loop.is_recording:
+            at = Instant(flight.started_at + flight.ends[num_ended - 1])
+            flight.command = self.machine.leap(num_new, at)
+        else:
+            for end in flight.ends[flight.num_ended : num_ended]:
+                at = Instant(flight.started_at + end)
+                step = self.machine.leap(1, at)
+                self._loop.recount(self.name, at, StepFinished(flight.command.step_id), (step,))
+                flight.command = step
+        flight.num_ended = num_ended
 
     def _start(self, command: RunStep, now: Instant) -> None:
-        machine = self.machine
-        limits = self.spec.limits
-        truth = self._truth
-        prefills: list[tuple[int, int]] = []
-        num_decodes = 0
-        kv_tokens = 0
-        longest = 0
-        first_tokens: list[RequestId] = []
-        lefts: list[tuple[int, RequestId]] = []
-        shortest = command.max_repeats
-        for request_id, num_tokens in command.grants:
-            sequence = machine.sequence(request_id)
-            if sequence is None:
-                raise LawBroken(f"law 1: step {command.step_id} grants tokens to {request_id}, which is not here")
-            computed = sequence.num_computed_tokens
-            if num_tokens == 1:
-                num_decodes += 1
-                kv_tokens += computed
-                if computed > longest:
-                    longest = computed
+        step = self.machine.composition
+        first_tokens = self._list_ends(step.caught_up) if step.caught_up else []
+        prefills, num_decodes, num_context_tokens = step.prefills, step.num_decodes, step.num_context_tokens
+        self._beside = self._overhead + (self._skew(command) if self._skew_time is not None else 0)
+        ends: Sequence[int] = (self._time(prefills, num_decodes, num_context_tokens) + self._beside,)
+        flight = _Flight(command, now, ends, first_tokens)
+        self._flight = flight
+        if self._may_leap and not step.caught_up and not prefills and self.machine.num_repeats():
+            if self._loop.is_recording:
+                # Rows are written in the order of time: look how far nothing else happens, once this instant is over.
+                self._loop.call_at(now, lambda _: self._prolong(flight), rank=RANK_TAKE_OFF)
             else:
-                prefills.append((num_tokens, computed - num_tokens))
-            if computed == sequence.num_tokens:
-                produced = computed - sequence.num_prompt_tokens
-                left = truth.num_output_tokens(sequence.request, limits) - produced
-                if left <= shortest:
-                    shortest = left
-                    lefts.append((left, request_id))
-                if produced == 0:
-                    first_tokens.append(request_id)
-        started_at = now
-        if self._resume_at is not None:
-            started_at, self._resume_at, shortest = self._resume_at, None, min(shortest, 1)
-        overhead: int = self._overhead
-        if self._skew_time is not None:
-            num_prefill_tokens = sum([new_tokens for new_tokens, _ in prefills])
-            overhead += self._skew_time(num_prefill_tokens, num_decodes, kv_tokens, longest)
-        num_steps = 1 if first_tokens else self._horizon(shortest, num_decodes, kv_tokens, now)
-        if num_steps == 1:
-            ends: Sequence[int] = (self._time(prefills, num_decodes, kv_tokens) + overhead,)
-        else:
-            ends = self._run_ends(num_decodes, kv_tokens, num_steps, overhead)
-        last_tokens = [request_id for left, request_id in lefts if left == num_steps]
-        self._fly(command, started_at, ends, first_tokens, last_tokens)
+                flight.ends = self._run_ends(self._num_steps_alike())
+        flight.handle = self._land_at(flight)
 
-    def _horizon(self, num_steps: int, num_decodes: int, kv_tokens: int, now: Instant) -> int:
-        """How many steps to time at once: no more than may run before the next thing on the loop's list happens, since
-        timing what will be cut off is wasted. One step over is right, for the one under way when it happens."""
+    def _prolong(self, flight: _Flight) -> None:
+        """Make a step a run of steps, as far as nothing else is going to happen."""
+        if self._flight is not flight or not self.machine.num_repeats():
+            return
+        self._loop.cancel(flight.handle)
         next_at = self._loop.peek_time()
-        if num_steps == 1 or next_at is None:
-            return num_steps
-        step = self._time((), num_decodes, kv_tokens) + self._overhead
-        return min(num_steps, (next_at - now) // step + 2)
+        ends = self._run_ends(self._num_steps_alike())
+        if next_at is not None:
+            ends = ends[: max(1, bisect_left(ends, next_at - flight.started_at))]
+        flight.ends = ends
+        flight.handle = self._land_at(flight)
 
-    def _time(self, prefills: Sequence[tuple[int, int]], num_decodes: int, kv_tokens: int) -> int:
-        time = self._step_time.step_time(prefills=prefills, num_decodes=num_decodes, decode_kv_tokens=kv_tokens)
+    def _land_at(self, flight: _Flight) -> int:
+        return self._loop.call_at(Instant(flight.started_at + flight.ends[-1]), self._land, rank=self._rank)
+
+    def _num_steps_alike(self) -> int:
+        """How many steps to time at once: the machine would repeat them, nobody ends before the last, and no more than
+        may be of use, since timing what will be cut off is wasted."""
+        due = self._next_end()
+        num_steps = min(self.machine.num_repeats() + 1, self._stride)
+        return num_steps if due is None else min(num_steps, due - self._num_steps + 1)
+
+    def _list_ends(self, sequences: Sequence[GrantedSequence]) -> list[RequestId]:
+        """Note when sequences that give a token with the step under way will give their last. Returns whose first it
+        is."""
+        first_tokens = []
+        for sequence in sequences:
+            request_id = sequence.id
+            num_given = sequence.num_computed_tokens - sequence.num_prompt_tokens
+            if num_given == 0:
+                first_tokens.append(request_id)
+            if request_id not in self._is_listed:
+                num_owed = self._truth.num_output_tokens(sequence.request, self.spec.limits)
+                self._is_listed.add(request_id)
+                self._num_listed += 1
+                heappush(self._ends, (self._num_steps + num_owed - num_given - 1, self._num_listed, request_id))
+        return first_tokens
+
+    def _next_end(self) -> int | None:
+        """The number of the step that next gives somebody's last token; None if nobody gives tokens."""
+        ends = self._ends
+        while ends:
+            due, number, request_id = ends[0]
+            sequence = self.machine.sequence(request_id)
+            if sequence is None or sequence.num_computed_tokens != sequence.num_tokens:
+                # It is gone, or will be listed again when it has caught up.
+                heappop(ends)
+                self._is_listed.discard(request_id)
+                continue
+            num_given = sequence.num_computed_tokens - sequence.num_prompt_tokens
+            num_owed = self._truth.num_output_tokens(sequence.request, self.spec.limits)
+            true = self._num_steps + num_owed - num_given - 1
+            if true == due:
+                return due
+            heapreplace(ends, (true, number, request_id))
+        return None
+
+    def _ending(self, command: RunStep) -> list[SequenceState]:
+        """Those whose last token the step under way gives, in batch order."""
+        ending = []
+        while self._next_end() == self._num_steps:
+            _, _, request_id = heappop(self._ends)
+            self._is_listed.discard(request_id)
+            sequence = self.machine.sequence(request_id)
+            if sequence is not None:
+                ending.append(sequence)
+        if len(ending) > 1:
+            places = {request_id: place for place, (request_id, _) in enumerate(command.grants)}
+            ending.sort(key=lambda sequence: places[sequence.request.id])
+        return ending
+
+    def _skew(self, command: RunStep) -> int:
+        """What the step takes because its decodes are of unlike length."""
+        step = self.machine.composition
+        longest = 0
+        for request_id, num_tokens in command.grants:
+            sequence = self.machine.sequence(request_id)
+            if num_tokens == 1 and sequence is not None and sequence.num_computed_tokens > longest:
+                longest = sequence.num_computed_tokens
+        num_prefill_tokens = sum([new_tokens for new_tokens, _ in step.prefills])
+        assert self._skew_time is not None
+        return self._skew_time(num_prefill_tokens, step.num_decodes, step.num_context_tokens, longest)
+
+    def _time(self, prefills: Sequence[tuple[int, int]], num_decodes: int, num_context_tokens: int) -> int:
+        time = self._step_time.step_time(
+            prefills=prefills, num_decodes=num_decodes, decode_kv_tokens=num_context_tokens
+        )
         return time if self._slowdown == 1.0 else round(time * self._slowdown)
 
-    def _run_ends(self, num_decodes: int, kv_tokens: int, num_steps: int, overhead: int) -> Sequence[int]:
-        times = decode_run(self._step_time, num_decodes, kv_tokens, num_steps)
-        slowdown = self._slowdown
+    def _run_ends(self, num_steps: int) -> Sequence[int]:
+        step = self.machine.composition
+        times = decode_run(self._step_time, step.num_decodes, step.num_context_tokens, num_steps)
+        slowdown, overhead = self._slowdown, self._beside
         if slowdown != 1.0:
             times = [round(time * slowdown) for time in times]
-        return list(accumulate(time + overhead for time in times)) if overhead else list(accumulate(times))
-
-    def _fly(
-        self,
-        command: RunStep,
-        started_at: Instant,
-        ends: Sequence[int],
-        first_tokens: list[RequestId],
-        last_tokens: list[RequestId],
-    ) -> None:
-        handle = self._loop.call_at(Instant(started_at + ends[-1]), self._land, rank=RANK_STEP)
-        self._flight = _Flight(command, started_at, ends, first_tokens, last_tokens, handle)
+        return list(accumulate([time + overhead for time in times] if overhead else times))
 
     def _land(self, now: Instant) -> None:
         flight = self._flight
         if flight is None:
             raise LawBroken(f"law 6: {self.name} was woken up without a step in flight")
+        self._leap(flight, len(flight.ends) - 1)
+        self._stride = min(STRIDE_MAX, 4 * len(flight.ends)) if len(flight.ends) > 1 else self._stride
         self._flight = None
         machine = self.machine
         # Those aborted in flight give nothing to anybody.
-        ended = [
-            sequence for request_id in flight.last_tokens if (sequence := machine.sequence(request_id)) is not None
-        ]
         for request_id in flight.first_tokens:
             if machine.sequence(request_id) is not None:
                 self._listener.on_first_token(self.spec.id, request_id, now)
+        ended = self._ending(flight.command)
         for sequence in ended:
-            num_output_tokens = sequence.num_tokens - sequence.num_prompt_tokens + len(flight.ends)
+            num_output_tokens = sequence.num_tokens - sequence.num_prompt_tokens + 1
             self._listener.on_finished(self.spec.id, now, sequence, num_output_tokens)
+        self._num_steps += 1
         finished = tuple([sequence.request.id for sequence in ended])
-        self._loop.deliver(self.name, StepFinished(flight.command.step_id, len(flight.ends), finished))
+        self._loop.deliver(self.name, StepFinished(flight.command.step_id, finished))
         self._listener.on_step(self.spec.id, now)

@@ -6,6 +6,7 @@ from typing import Any
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant
 from rota.serving.engines.vllm.virtual import VirtualVllm
+from rota.serving.instance.composition import StepComposition
 from rota.serving.instance.machine import InstanceStatistics
 from rota.serving.model.commands import Grant, InstanceCommand, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
@@ -32,6 +33,7 @@ class VllmMachine:
         self._vllm = VirtualVllm(limits, policies)
         self._requests: dict[RequestId, Request] = {}
         self._in_flight: int | None = None
+        self.composition = StepComposition()
         self._step_id = 0
         self._num_steps = 0
         self._num_preemptions = 0
@@ -57,6 +59,13 @@ class VllmMachine:
         request = self._vllm.scheduler.requests.get(request_id)
         return None if request is None else _Sequence(self._requests[request_id], request)
 
+    def num_repeats(self) -> int:
+        """0: vLLM is asked for every step."""
+        return 0
+
+    def leap(self, num_steps: int, now: Instant) -> RunStep:
+        raise LawBroken("vLLM's scheduler cannot leap")
+
     def statistics(self) -> InstanceStatistics:
         return InstanceStatistics(
             num_steps=self._num_steps,
@@ -77,7 +86,7 @@ class VllmMachine:
             if self._requests.pop(event.request_id, None) is not None:
                 self._vllm.abort(event.request_id)
             return ()
-        if not isinstance(event, StepFinished) or event.step_id != self._in_flight or event.num_steps != 1:
+        if not isinstance(event, StepFinished) or event.step_id != self._in_flight:
             raise LawBroken(f"{event} does not end step {self._in_flight}")
         self._in_flight = None
         self._num_steps += 1
@@ -141,6 +150,11 @@ class VllmMachine:
         self._num_cached_tokens += num_cached
         self._step_id += 1
         self._in_flight = self._step_id
+        self.composition = StepComposition()
+        for request_id, num_tokens in facts.grants:
+            sequence = self.sequence(RequestId(request_id))
+            assert sequence is not None
+            self.composition.add(sequence, num_tokens)
         return [
             RunStep(
                 step_id=self._step_id,
@@ -159,6 +173,10 @@ class _Sequence:
     def __init__(self, request: Request, vllm_request: Any) -> None:
         self.request = request
         self._vllm = vllm_request
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.id
 
     @property
     def num_computed_tokens(self) -> int:

@@ -38,7 +38,7 @@ class StepJournal:
         self._journal.append(MACHINE, Instant(now), "event", SequenceAborted(RequestId(request_id)), ())
 
     def finished(self, step_id: int, finished: Sequence[str], now: int) -> None:
-        event = StepFinished(step_id, 1, tuple(RequestId(request_id) for request_id in finished))
+        event = StepFinished(step_id, tuple(RequestId(request_id) for request_id in finished))
         self._journal.append(MACHINE, Instant(now), "event", event, ())
 
     def step(

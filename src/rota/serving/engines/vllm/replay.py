@@ -30,7 +30,8 @@ class LoopMachine(InstanceMachine):
         self.now = now
         self._is_due = True
         try:
-            return self._plan()
+            # vLLM's own loop decides without saying why.
+            return [msgspec.structs.replace(command, reasons=()) for command in self._plan()]
         finally:
             self._is_due = False
 
@@ -47,7 +48,7 @@ def fresh_machine(header: Header, policies: Any) -> LoopMachine:
     """The machine that stands for the instance of a journal, at its start. `policies` has `order`, `batch`, `memory`,
     built anew from `stack_of(header)`."""
     limits = msgspec.convert(_config(header)["limits"], InstanceLimits)
-    return LoopMachine(limits, order=policies.order, batch=policies.batch, memory=policies.memory, repeat=False)
+    return LoopMachine(limits, order=policies.order, batch=policies.batch, memory=policies.memory)
 
 
 def _config(header: Header) -> dict[str, Any]:

@@ -1,6 +1,16 @@
 """The one pass that every batch shape runs: vLLM's own pass, with its knobs."""
 
-from rota.serving.api import BatchDraft, BatchShape, Cursor, OnRefusal, OrderPolicy, Pool, Refusal, SequenceView
+from rota.serving.api import (
+    BatchDraft,
+    BatchShape,
+    Cursor,
+    OnRefusal,
+    OrderPolicy,
+    Pool,
+    Refusal,
+    SequenceView,
+    admit_waiting,
+)
 
 
 def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
@@ -15,7 +25,7 @@ def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
     cursor = order.open(draft.view, Pool.RUNNING)
     if not shape.decodes_first and not shape.admit_before_running and order.running_order == "admission":
         _grant_running(draft, cursor)
-        _admit(draft, order)
+        admit_waiting(draft, order)
         return
     line = _drain(cursor)
     prefills = [sequence for sequence in line if sequence.num_pending_tokens > 1]
@@ -25,7 +35,7 @@ def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
         # each other for ever.
         draft.line_up(line)
         granted = _grant_each(draft, cursor, prefills)
-        granted += _admit(draft, order)
+        granted += admit_waiting(draft, order)
         if granted == 0:
             _grant_each(draft, cursor, decodes)
         return
@@ -33,7 +43,7 @@ def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
         line = decodes + prefills
     draft.line_up(line)
     _grant_each(draft, cursor, line)
-    _admit(draft, order)
+    admit_waiting(draft, order)
 
 
 def _drain(cursor: Cursor) -> list[SequenceView]:
@@ -71,19 +81,3 @@ def _grant_each(draft: BatchDraft, cursor: Cursor, sequences: list[SequenceView]
 def _stops(cursor: Cursor, sequence: SequenceView, why: Refusal) -> bool:
     # A victim of this very pass is not a refusal that the order has a say in.
     return why is not Refusal.NOT_PENDING and cursor.refused(sequence, why) is OnRefusal.STOP
-
-
-def _admit(draft: BatchDraft, order: OrderPolicy) -> int:
-    if draft.num_preempted or not draft.token_budget or not len(draft.view.waiting):
-        return 0
-    num_granted = 0
-    cursor = order.open(draft.view, Pool.WAITING)
-    while draft.token_budget > 0 and (sequence := cursor.next()) is not None:
-        result = draft.grant(sequence, sequence.num_pending_tokens)
-        if isinstance(result, Refusal):
-            if cursor.refused(sequence, result) is OnRefusal.STOP:
-                break
-        else:
-            cursor.granted(sequence, result)
-            num_granted += 1
-    return num_granted

@@ -1,0 +1,39 @@
+"""What the router notes about one request, and how many requests it has in each state."""
+
+from dataclasses import dataclass
+
+from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE
+from rota.serving.model.instance import InstanceId
+from rota.serving.model.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterCounts:
+    """How many requests are in each state now, and how many have ended in each way since the start."""
+
+    num_arrived: int
+    num_queued: int
+    num_assigned: int
+    num_running: int
+    num_finished: int
+    num_rejected: int
+    num_failed: int
+    num_aborted: int
+
+
+class TrackedRequest:
+    """One unfinished request: its state, its owner, and what went wrong so far."""
+
+    __slots__ = ("admission", "failures", "instance_id", "num_attempts", "request", "state")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.state = str(REQUEST_LIFECYCLE.initial)
+        self.instance_id: InstanceId | None = None
+        self.num_attempts = 0
+        self.admission = ""
+        """Why it was let in, until a command has said so."""
+        self.failures: tuple[tuple[InstanceId, str], ...] = ()
+
+    def move(self, event: str) -> None:
+        self.state = REQUEST_LIFECYCLE.move(self.state, event)

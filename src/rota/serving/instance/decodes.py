@@ -1,0 +1,158 @@
+"""The running sequences that only decode, advanced all together: a step costs what changes, not what runs.
+
+A sequence that has caught up computes one token in every step until something happens to it. So nothing is written to
+it: its counts are its count when it joined plus the steps since, and the blocks that the next step needs are those of
+the sequences whose last block is full, which are found by the remainder of their count.
+"""
+
+from rota.serving.instance.ledger import Holding
+from rota.serving.model.commands import Grant
+from rota.serving.model.request import Request, RequestId
+
+
+class Rounds:
+    """How many steps have been planned, and how many of these have finished."""
+
+    __slots__ = ("num_finished", "num_planned")
+
+    def __init__(self) -> None:
+        self.num_planned = 0
+        self.num_finished = 0
+
+
+STILL = Rounds()
+"""What sequences count by that advance by themselves: never changes."""
+
+
+class Paced(Holding):
+    """A sequence's blocks and its two counts, which are relative to the steps of whatever it goes along with."""
+
+    __slots__ = ("_computed", "_rounds", "_tokens", "grant", "id", "request")
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request.id, request.block_hashes)
+        self.id: RequestId = request.id
+        self.request = request
+        self._rounds = STILL
+        self._tokens = request.num_prompt_tokens
+        self._computed = 0
+        self.grant = Grant(request.id, 1)
+        """What a step gives it for as long as it decodes."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self._rounds.num_finished + self._tokens
+
+    @num_tokens.setter
+    def num_tokens(self, value: int) -> None:
+        self._tokens = value - self._rounds.num_finished
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return self._rounds.num_planned + self._computed
+
+    @num_computed_tokens.setter
+    def num_computed_tokens(self, value: int) -> None:
+        self._computed = value - self._rounds.num_planned
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether it goes along with a group."""
+        return self._rounds is not STILL
+
+    def go_along(self, rounds: Rounds) -> None:
+        """Count by these steps from now on; the counts themselves stay what they are."""
+        tokens, computed = self.num_tokens, self.num_computed_tokens
+        self._rounds = rounds
+        self._tokens = tokens - rounds.num_finished
+        self._computed = computed - rounds.num_planned
+
+
+class DecodeGroup(Rounds):
+    """The sequences that compute one token a step. They join between two steps and may leave at any time."""
+
+    __slots__ = ("_block_size", "_by_phase", "_sum_computed", "num_members")
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        self._block_size = block_size
+        self._by_phase: list[list[Paced]] = [[] for _ in range(block_size)]
+        """Those whose next block is due when the number of planned steps has this remainder."""
+        self.num_members = 0
+        self._sum_computed = 0
+
+    @property
+    def num_context_tokens(self) -> int:
+        """The sum of the members' computed tokens."""
+        return self._sum_computed + self.num_members * self.num_planned
+
+    def join(self, sequence: Paced) -> None:
+        """Take in a sequence that lacks one token."""
+        sequence.go_along(self)
+        self._by_phase[self._phase(sequence)].append(sequence)
+        self.num_members += 1
+        self._sum_computed += sequence._computed
+
+    def leave(self, sequence: Paced) -> None:
+        """Let a member go; it counts by itself again."""
+        self._by_phase[self._phase(sequence)].remove(sequence)
+        self.num_members -= 1
+        self._sum_computed -= sequence._computed
+        sequence.go_along(STILL)
+
+    def dissolve(self) -> None:
+        """Let everybody go."""
+        for members in self._by_phase:
+            for sequence in members:
+                sequence.go_along(STILL)
+            members.clear()
+        self.num_members = 0
+        self._sum_computed = 0
+
+    def num_blocks_due(self) -> int:
+        """New blocks that the next step needs."""
+        return len(self._by_phase[(self.num_planned + 1) % self._block_size])
+
+    def num_steps_within(self, num_blocks: int) -> int:
+        """For how many more steps so many new blocks suffice; 0 for an empty group."""
+        if not self.num_members:
+            return 0
+        whole, left = divmod(num_blocks, self.num_members)
+        num_steps = whole * self._block_size
+        phase = self.num_planned % self._block_size
+        while True:
+            phase = (phase + 1) % self._block_size
+            left -= len(self._by_phase[phase])
+            if left < 0:
+                return num_steps
+            num_steps += 1
+
+    def plan(self) -> None:
+        """One more step is planned. The caller has taken the blocks that were due."""
+        self.num_planned = planned = self.num_planned + 1
+        for sequence in self._by_phase[planned % self._block_size]:
+            sequence.num_blocks += 1
+
+    def finish(self) -> None:
+        """The steps that were planned have finished."""
+        self.num_finished = self.num_planned
+
+    def leap(self, num_steps: int) -> int:
+        """Finish and plan as many steps, all at once; returns the blocks that they take."""
+        first = self.num_planned + 1
+        self.num_planned += num_steps
+        self.num_finished += num_steps
+        num_blocks = 0
+        whole, rest = divmod(num_steps, self._block_size)
+        for phase, members in enumerate(self._by_phase):
+            num_new = whole + ((phase - first) % self._block_size < rest)
+            if num_new and members:
+                num_blocks += num_new * len(members)
+                for sequence in members:
+                    sequence.num_blocks += num_new
+        return num_blocks
+
+    def _phase(self, sequence: Paced) -> int:
+        # With c computed tokens after step p, the step that plans token c + 1 takes a block if c is a whole number of
+        # blocks; c - p never changes.
+        return (1 - sequence._computed) % self._block_size
