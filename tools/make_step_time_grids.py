@@ -3,7 +3,8 @@
 Run it in an environment of its own; the package is needed for this and nothing else:
 
     python -m venv grids && grids/bin/pip install aiconfigurator==0.12.0
-    grids/bin/python tools/make_step_time_grids.py
+    grids/bin/python tools/make_step_time_grids.py                          # all that are shipped
+    grids/bin/python tools/make_step_time_grids.py --only llama-3.1-8b-h100
     grids/bin/python tools/make_step_time_grids.py --compare TABLE.csv=llama-3.1-8b-a100 …
 
 `--compare` writes nothing: it asks the package for each row of a table that somebody else made with it, and prints the
@@ -21,7 +22,9 @@ makes rows their way.
 import argparse
 import csv
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from aiconfigurator_core.sdk.engine import EngineHandle
 
@@ -29,14 +32,34 @@ VERSION = "0.12.0"
 OUT = Path(__file__).parents[1] / "src" / "rota" / "data" / "step_time"
 COLUMNS = ("phase", "n_prefill_seqs", "new_tokens", "prefix_tokens", "n_decode", "decode_kv", "latency_ms")
 
+
+class Recipe(NamedTuple):
+    """What to ask the package for."""
+
+    model: str
+    system: str
+    tensor_parallel: int = 1
+    backend: str = "vllm"
+    quantization: Mapping[str, str] = {}
+    """Arguments of the package; without, all is bfloat16."""
+
+
+_8B, _70B = "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-70B"
 PROFILES = {
-    "llama-3.1-8b-a100": ("meta-llama/Meta-Llama-3.1-8B", "a100_sxm", 1),
-    "llama-3.1-8b-h100": ("meta-llama/Meta-Llama-3.1-8B", "h100_sxm", 1),
-    "llama-3.1-8b-l40s": ("meta-llama/Meta-Llama-3.1-8B", "l40s", 1),
-    "llama-3.1-8b-rtx-pro-6000": ("meta-llama/Meta-Llama-3.1-8B", "rtx_pro_6000_server", 1),
-    "llama-3.1-70b-a100-tp4": ("meta-llama/Meta-Llama-3.1-70B", "a100_sxm", 4),
-    "llama-3.1-70b-h100-tp4": ("meta-llama/Meta-Llama-3.1-70B", "h100_sxm", 4),
-    "qwen3-32b-h100-tp2": ("Qwen/Qwen3-32B", "h100_sxm", 2),
+    "llama-3.1-8b-a100": Recipe(_8B, "a100_sxm"),
+    "llama-3.1-8b-h100": Recipe(_8B, "h100_sxm"),
+    "llama-3.1-8b-l40s": Recipe(_8B, "l40s"),
+    "llama-3.1-8b-rtx-pro-6000": Recipe(_8B, "rtx_pro_6000_server"),
+    "llama-3.1-70b-a100-tp4": Recipe(_70B, "a100_sxm", 4),
+    "llama-3.1-70b-h100-tp4": Recipe(_70B, "h100_sxm", 4),
+    "qwen3-32b-h100-tp2": Recipe("Qwen/Qwen3-32B", "h100_sxm", 2),
+    "llama-3.1-8b-h100-trtllm": Recipe(_8B, "h100_sxm", backend="trtllm"),
+    "llama-3.1-8b-fp8-h200": Recipe(
+        _8B, "h200_sxm", quantization={"gemm_quant_mode": "fp8", "kvcache_quant_mode": "fp8"}
+    ),
+    "llama-3.1-8b-fp8-h200-sglang": Recipe(
+        _8B, "h200_sxm", backend="sglang", quantization={"gemm_quant_mode": "fp8_block"}
+    ),
 }
 SHIPPED = (
     "llama-3.1-8b-a100",
@@ -44,6 +67,9 @@ SHIPPED = (
     "llama-3.1-8b-l40s",
     "llama-3.1-70b-h100-tp4",
     "qwen3-32b-h100-tp2",
+    "llama-3.1-8b-h100-trtllm",
+    "llama-3.1-8b-fp8-h200",
+    "llama-3.1-8b-fp8-h200-sglang",
 )
 
 # Pairs such as 512 and 513: one token more takes one tile more of a matrix product, 23 % more time on an L40S.
@@ -93,9 +119,11 @@ def rows(engine: EngineHandle) -> list[tuple[str, int, int, int, int, int, float
 
 
 def compile_engine(name: str) -> EngineHandle:
-    """The package's model of one profile, for its newest vLLM."""
-    model, system, tensor_parallel = PROFILES[name]
-    return EngineHandle.compile(model, system, "vllm", tp_size=tensor_parallel)
+    """The package's model of one profile, for the newest version of its engine that was measured."""
+    recipe = PROFILES[name]
+    return EngineHandle.compile(
+        recipe.model, recipe.system, recipe.backend, tp_size=recipe.tensor_parallel, **recipe.quantization
+    )
 
 
 def compare(path: Path, name: str) -> dict[str, float]:
@@ -119,6 +147,7 @@ def main() -> None:
     """Write every shipped table, or compare others'."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", nargs="+", metavar="TABLE.csv=PROFILE", help="compare tables instead of writing")
+    parser.add_argument("--only", nargs="+", choices=PROFILES, metavar="PROFILE", help="write these tables alone")
     arguments = parser.parse_args()
     for pair in arguments.compare or ():
         path, _, name = pair.rpartition("=")
@@ -127,7 +156,7 @@ def main() -> None:
     if arguments.compare:
         return
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in SHIPPED:
+    for name in arguments.only or SHIPPED:
         with (OUT / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)

@@ -139,9 +139,15 @@ def test_a_surface_without_dips_keeps_its_points() -> None:
 
 def test_grid_is_near_its_own_table_and_mixed_rows_are_predicted() -> None:
     """Prefill and decode rows are what the grid is made of; mixed rows are all left out. Prints the errors that the
-    docstring of `GridStepTime` states, of its rule and of the two that lost."""
+    docstring of `GridStepTime` states, of its rule and of the two that lost. Kernels of 8-bit tables jump more."""
     errors: dict[str, list[float]] = {}
     for table in shipped_tables():
+        if "fp8" in table:
+            grid = GridStepTime(table=table)
+            errors.setdefault("8 bit", []).extend(
+                predict(grid, row) / (row.latency_ms * MS) - 1 for row in read_table(table)
+            )
+            continue
         grid = GridStepTime(table=table)
         empty = grid.step_time(prefills=(), num_decodes=1, decode_kv_tokens=0)
         for row in read_table(table):
@@ -157,7 +163,8 @@ def test_grid_is_near_its_own_table_and_mixed_rows_are_predicted() -> None:
     most = {rule: max(map(abs, values)) for rule, values in errors.items()}
     for rule in errors:
         print(f"{rule}: mean {mean[rule]:.1%}, largest {most[rule]:.1%}, of {len(errors[rule])}")
-    assert len(errors["mixed"]) == 300
+    assert len(errors["mixed"]) == 360
+    assert mean["8 bit"] < 0.03 and most["8 bit"] < 0.2
     assert mean["prefill"] < 0.006 and most["prefill"] < 0.06
     assert mean["decode"] < 0.011 and most["decode"] < 0.07
     assert mean["mixed"] < 0.015 and most["mixed"] < 0.09
