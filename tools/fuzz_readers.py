@@ -321,13 +321,15 @@ def main() -> None:
         words.write_text("".join(f'"{word}"\n' for word in quoted))
         atheris.Setup(
             [sys.argv[0], f"-max_total_time={options.seconds}", f"-seed={options.seed + 1}", f"-dict={words}",
-             f"-max_len={MAX_INPUT_BYTES}", "-timeout=20", "-rss_limit_mb=3000", "-print_final_stats=1", str(corpus)],
+             f"-max_len={MAX_INPUT_BYTES}", "-timeout=20", "-rss_limit_mb=3000", "-print_final_stats=1",
+             f"-artifact_prefix={corpus.parent}/", str(corpus)],
             check,
         )  # fmt: skip
         atheris.Fuzz()
 
 
-FOLDER = Path(tempfile.mkdtemp(prefix="rota-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+_KEPT = tempfile.TemporaryDirectory(prefix="rota-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+FOLDER = Path(_KEPT.name)
 FILE = FOLDER / "input"
 READERS: Any = None
 """What `import_readers` gave; set before anything is checked."""

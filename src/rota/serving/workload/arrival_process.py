@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import cycle
-from math import inf
 
 import msgspec
 
 from rota.base.random_streams import Stream
-from rota.serving.workload.distributions import Amounts, Lengths, QuantileSampler, check
+from rota.serving.workload.distributions import MAX_AMOUNT, Amounts, Lengths, QuantileSampler, check
 
 
 class RateWindows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,8 +17,8 @@ class RateWindows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        check(0.001 <= self.seconds < inf, "seconds", "at least 0.001", self.seconds)
-        is_fit = bool(self.weights) and min(self.weights) >= 0 and 0 < max(self.weights) < inf
+        check(0.001 <= self.seconds <= MAX_AMOUNT, "seconds", f"from 0.001 to {MAX_AMOUNT:g}", self.seconds)
+        is_fit = bool(self.weights) and min(self.weights) >= 0 and 1e-9 <= max(self.weights) <= MAX_AMOUNT
         check(is_fit, "weights", "numbers of which none is negative and one is positive", list(self.weights)[:8])
 
 
@@ -35,10 +34,10 @@ class ArrivalProcess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     windows: RateWindows | None = None
 
     def __post_init__(self) -> None:
-        check(0 < self.rate < inf, "rate", "positive", self.rate)
+        check(1e-9 <= self.rate <= MAX_AMOUNT, "rate", f"positive, from 1e-9 to {MAX_AMOUNT:g}", self.rate)
         check(0.01 <= self.cv <= 100, "cv", "from 0.01 to 100", self.cv)
         if self.gaps is not None:
-            check(QuantileSampler(self.gaps).mean > 0, "gaps", "positive in the mean", 0)
+            check(QuantileSampler(self.gaps).mean >= 1e-9, "gaps", "positive in the mean", 0)
 
     def instants(self, stream: Stream) -> Iterator[float]:
         """Seconds at which rows come, without end."""

@@ -2,13 +2,16 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from math import erf, inf, nan, sqrt
+from math import erf, nan, sqrt
 from typing import TypeVar
 
 import msgspec
 
 from rota.base.random_streams import Stream
 from rota.serving.workload.arrivals import MAX_TOKENS
+
+MAX_AMOUNT = 1e9
+"""Largest of a distribution of numbers: thirty years, if it is of seconds."""
 
 
 class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,7 +40,8 @@ class Amounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         values = [value for _, value in self.points()]
-        check(values[0] >= 0 and values[-1] < inf, "quantiles", "of numbers that are not negative", values[0])
+        check(values[0] >= 0, "quantiles", "of numbers that are not negative", values[0])
+        check(values[-1] <= MAX_AMOUNT, "quantiles", f"of numbers of at most {MAX_AMOUNT:g}", values[-1])
         check(values == sorted(values), "quantiles", "of numbers that do not fall", values)
 
     def points(self) -> list[tuple[float, float]]:

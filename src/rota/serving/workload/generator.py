@@ -68,7 +68,7 @@ class SyntheticWorkload(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Kinds of session; every open row is the first of one then."""
 
     def __post_init__(self) -> None:
-        check(self.num_requests >= 1, "num_requests", "at least 1", self.num_requests)
+        check(1 <= self.num_requests <= 10**12, "num_requests", "from 1 to 10^12", self.num_requests)
         check(-1 <= self.length_correlation <= 1, "length_correlation", "from -1 to 1", self.length_correlation)
         kinds = [name for name in ("prefix", "reuse", "sessions") if getattr(self, name)]
         check(len(kinds) <= 1, " and ".join(kinds) or "prefix", "given one at a time", kinds)
