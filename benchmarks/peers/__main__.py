@@ -38,19 +38,24 @@ SCRIPTS = {"dynosim": HERE / "run_dynosim.py", "sched-sim": HERE / "run_sched_si
 def main() -> None:
     options = _parse()
     result: dict[str, Any] = {"provenance": _provenance(options), "cases": {}}
+    if RESULTS.exists() and not options.million:
+        # That takes long, and is measured on its own.
+        result["million"] = json.loads(RESULTS.read_text(encoding="utf-8")).get("million")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in cases(folder):
-            if options.cases and case.name not in options.cases:
-                continue
-            result["cases"][case.name] = _compare(case, options)
+            if not options.cases or case.name in options.cases:
+                result["cases"][case.name] = _compare(case, options)
+                _write(result, options)
         if options.million:
             result["million"] = _million(folder)
+            _write(result, options)
     _print(result)
+
+
+def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Keep what is measured so far, unless only some cases were asked for."""
     if not options.cases:
-        if RESULTS.exists() and "million" not in result:
-            # That takes long, and is measured on its own.
-            result["million"] = json.loads(RESULTS.read_text(encoding="utf-8")).get("million")
         RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
@@ -134,6 +139,7 @@ def _provenance(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "rota": __version__,
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": ", ".join(sorted(models)),
@@ -142,6 +148,11 @@ def _provenance(options: argparse.Namespace) -> dict[str, Any]:
         "cpu_seconds_of_a_fixed_loop": _fixed_loop(),
         "rounds": options.rounds,
     }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def _fixed_loop() -> float:
