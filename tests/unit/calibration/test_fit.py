@@ -164,8 +164,9 @@ def test_what_cannot_be_fitted_is_refused_by_its_spot() -> None:
         steps_of(broken, "f.jsonl")
 
 
-def test_arrays_of_steps_are_predicted_as_single_ones() -> None:
-    records = facts(bent, noise=0.1)
+@pytest.mark.parametrize("truth", [straight, bent])
+def test_arrays_of_steps_are_predicted_as_single_ones(truth: Truth) -> None:
+    records = facts(truth, noise=0.1)
     profile = fitted(records)
     times = predicted(profile.step_time.parameters, steps_of(records, "facts"))
     predictor = profile.predictor()
