@@ -9,7 +9,8 @@ Beside each error stands what the live figure is itself worth: the difference of
 same cores stand in the way, the rows in CPU time show what is left without them. They are the same runs on another
 clock, one that stands still while the engine's step has no core: steps take their CPU time, and requests come and
 tokens leave at that clock's instants. What the engine decides depends on the order of these alone, so it is the same.
-The profile of these rows is fitted to CPU time.
+The profile of these rows is fitted to CPU time. The way to the engine, which crowded cores make long, is not a part of
+them, and has rows of its own.
 """
 
 import asyncio
@@ -21,11 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from benchmarks.truth.row import TruthRow, compared, relative_error
 
 from rota.base.errors import ConfigError, EngineError
 from rota.base.instant import Duration
+from rota.base.journal import read_journal
 from rota.base.random_streams import RandomStreams
 from rota.serving.bench.client import Sent, Target
 from rota.serving.bench.load import send_load
@@ -42,7 +45,9 @@ from rota.serving.calibration.terms import predicted
 from rota.serving.engines.managed import free_port
 from rota.serving.engines.model_package import MODEL_NAME, prepare_model
 from rota.serving.engines.vllm.facts import EngineFacts, StepRecord
+from rota.serving.engines.vllm.replay import ROW_TYPES
 from rota.serving.engines.vllm.server import VllmServer
+from rota.serving.model.events import SequenceArrived
 from rota.serving.predictors.step_time.profiles import Profile
 from rota.serving.sim.run import SimulationConfig, simulate
 from rota.serving.workload.arrivals import Arrival
@@ -59,7 +64,7 @@ CALIBRATION_SECONDS = float(os.environ.get("ROTA_TRUTH_LIVE_SECONDS", "120"))
 """Of each round."""
 START_SECONDS = 600.0
 QUANTILES = (50, 99)
-WALL, CPU = "unseen", "unseen, in CPU time"
+WALL, CPU = "unseen", "unseen, in the engine's CPU time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,8 @@ class Request:
     """What a client sent and saw. Instants in ns."""
 
     sent_at: int
+    arrived_at: int
+    """When the engine's front end took it up, by its own stamp."""
     first_at: int
     ended_at: int
     num_prompt_tokens: int
@@ -111,6 +118,7 @@ def rows() -> Iterator[TruthRow]:
         yield from _step_rows(measured)
         for load in LOADS:
             runs = [run for run in measured.runs if run.load == load]
+            yield from _front_end_rows(measured.profile, runs)
             yield from _latency_rows(measured.profile, runs, Path(folder), WALL)
             if measured.cpu_profile is not None:
                 on_cpu = [_in_cpu_time(run) for run in runs]
@@ -133,10 +141,16 @@ class Measured:
 
 async def _measure(model: Path, folder: Path) -> Measured:
     server = VllmServer(
-        model=model, port=free_port(), served_model_name=MODEL_NAME, facts=folder / "facts.jsonl", cores="0"
+        model=model,
+        port=free_port(),
+        served_model_name=MODEL_NAME,
+        facts=folder / "facts.jsonl",
+        journal=folder / "journal",
+        cores="0",
     )
-    facts = server.facts
+    facts, journal = server.facts, server.journal
     assert facts is not None
+    assert journal is not None
     stop = asyncio.Event()
     calibrating: list[StepRecord] = []
     probes: list[Sent] = []
@@ -159,8 +173,11 @@ async def _measure(model: Path, folder: Path) -> Measured:
     cpu_profile = None
     if not np.isnan(steps.cpu_ns).any():
         on_cpu = replace(steps, step_ns=steps.cpu_ns)
-        cpu_profile = calibrate(on_cpu, calibrating, engine, origin, front_end=front_end)
-    return Measured(profile, cpu_profile, steps.where(steps.held_out), runs)
+        # Its latencies begin when a request was taken up, so that the way in is not a part of them.
+        way_out = None if front_end is None else msgspec.structs.replace(front_end, request_ms=0.0)
+        cpu_profile = calibrate(on_cpu, calibrating, engine, origin, front_end=way_out)
+    arrivals = _arrivals(journal)
+    return Measured(profile, cpu_profile, steps.where(steps.held_out), [_arrived(run, arrivals) for run in runs])
 
 
 async def _run(url: str, facts: Path, model: Path, load: Unseen, number: int) -> Run:
@@ -194,6 +211,7 @@ def _requests(sent: Sequence[Sent]) -> list[Request]:
     return [
         Request(
             each.sent_at,
+            each.sent_at,
             each.chunk_at[0],
             each.chunk_at[-1],
             each.num_prompt_tokens or each.planned.num_prompt_tokens,
@@ -201,6 +219,29 @@ def _requests(sent: Sequence[Sent]) -> list[Request]:
         )
         for each in sorted(sent, key=lambda each: each.sent_at)
     ]
+
+
+def _arrivals(journal: Path) -> list[tuple[int, int]]:
+    """When the engine's front end took up each request, and how long its prompt was."""
+    events = (row.event for row in read_journal(journal, ROW_TYPES))
+    requests = [event.request for event in events if isinstance(event, SequenceArrived)]
+    return [(request.arrived_at, request.num_prompt_tokens) for request in requests]
+
+
+def _arrived(run: Run, arrivals: Sequence[tuple[int, int]]) -> Run:
+    """The run, with each request's arrival: the first of its length after its sending that is nobody else's."""
+    arrivals = sorted(arrivals)
+    taken: set[int] = set()
+    requests = []
+    for each in run.requests:
+        match = next(
+            index
+            for index, (at, num_prompt_tokens) in enumerate(arrivals)
+            if at >= each.sent_at and num_prompt_tokens == each.num_prompt_tokens and index not in taken
+        )
+        taken.add(match)
+        requests.append(replace(each, arrived_at=arrivals[match][0]))
+    return replace(run, requests=requests)
 
 
 def _plan(load: Unseen) -> list[Planned]:
@@ -211,7 +252,8 @@ def _plan(load: Unseen) -> list[Planned]:
 
 
 def _in_cpu_time(run: Run) -> Run:
-    """The run on a clock that goes as fast as the engine's workers compute while a step runs, and as time does else."""
+    """The run from the moments on at which its requests were taken up, on a clock that goes as fast as the engine's
+    workers compute while a step runs, and as time does else."""
     steps = run.steps
     begins, ends = steps.at.astype(np.float64), steps.at + steps.step_ns
     lost = np.concatenate(([0.0], np.cumsum(np.maximum(0.0, steps.step_ns - steps.cpu_ns))))
@@ -222,10 +264,12 @@ def _in_cpu_time(run: Run) -> Run:
         return round(wall - float(np.interp(wall, at, by_then)))
 
     requests = [
-        replace(each, sent_at=instant(each.sent_at), first_at=instant(each.first_at), ended_at=instant(each.ended_at))
+        replace(
+            each, sent_at=instant(each.arrived_at), first_at=instant(each.first_at), ended_at=instant(each.ended_at)
+        )
         for each in run.requests
     ]
-    return replace(run, requests=requests)
+    return replace(run, requests=sorted(requests, key=lambda each: each.sent_at))
 
 
 # --- simulated --------------------------------------------------------------------------------------------------------
@@ -289,6 +333,20 @@ def _step_rows(measured: Measured) -> Iterator[TruthRow]:
         )
         note = f"{error.num_steps} steps, bias {error.bias:+.1%}; neighbours took {_taken(run.steps):.1%}"
         yield _error_row(f"{run.load.name}, run {run.number + 1}", "step time: MAPE", error.mape, None, note)
+
+
+def _front_end_rows(profile: Profile, runs: Sequence[Run]) -> Iterator[TruthRow]:
+    """What the way in took under these loads, beside the constant that the profile has for it: on a machine whose other
+    cores are crowded it is no constant."""
+    front_end = None if profile.calibration is None else profile.calibration.front_end
+    if front_end is None:
+        return
+    ways_in = [_ms([each.arrived_at - each.sent_at for each in run.requests]) for run in runs]
+    for quantile in QUANTILES:
+        yield compared(
+            GROUP, f"{runs[0].load.name}, {WALL}", f"front end, until taken up, p{quantile}", "ms",
+            truth=_quantile(ways_in, quantile), rota=front_end.request_ms, note="a part of TTFT and E2E",
+        )  # fmt: skip
 
 
 def _error_row(case: str, quantity: str, error: float, bound: float | None, note: str) -> TruthRow:
