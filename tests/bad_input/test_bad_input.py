@@ -17,6 +17,9 @@ from tests.command_line import rota, write_journal
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 AZURE_ROWS = AZURE + "2023-11-16 18:00:00.0000000,50,3\n2023-11-16 18:00:00.5000000,20,2\n"
 MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}\n'
+BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+AGENTS = "kind,session,call,t_rel_s,gap_since_prev_call_s,input_tokens,output_tokens,common_prefix_tokens_with_prev\n"
+ROTA = '{"format":"rota-trace","version":1}\n'
 SYNTHETIC = """num_requests = 5
 [arrivals]
 rate = 5.0
@@ -206,6 +209,16 @@ FILES = [
     trace("a synthetic one with a typo", SYNTHETIC.replace("rate", "rats"), "t:3: arrivals.rats: unknown key"),
     trace("a synthetic one at no rate", SYNTHETIC.replace("5.0", "0.0"), "t:2: arrivals: rate must be positive"),
     trace("a synthetic one without quantile 1", SYNTHETIC.replace('"1" = 16', '"0.5" = 16'), "t:4: prompt: quantiles"),
+    trace("BurstGPT in milliseconds", BURSTGPT + "1700158546000,m,1,1,2,API log\n", "t:2:1: Timestamp: "),
+    trace("BurstGPT with a total that is none", BURSTGPT + "1,m,1,1,3,API log\n", "t:2:9: Total tokens: 3 is not"),
+    trace("a failed request of BurstGPT", BURSTGPT + "1,m,1,0,1,API log\n", "t:2:7: Response tokens: expected"),
+    trace("an agent's call twice", AGENTS + "a,s,0,0,0,9,9,0\n" * 2, "t:3:5: call: 0 where call 1 should be"),
+    trace("a turn of ShareGPT that is missing", "conv,turn,ctx,new,reply\n0,0,0,1,1\n0,2,2,1,1\n", "t:3:3: turn: 2"),
+    trace("ShareGPT cut short", '[{"id": "a", "conversations": [', "t:1:32: the file is cut short"),
+    trace(
+        "a wait for nobody", ROTA + '{"at":0,"num_prompt_tokens":1,"num_output_tokens":1,"after":["a"]}\n', "t:2:53: "
+    ),
+    trace("a journal of an unfinished run", "{header}{row}", "t:3:1: no request arrives in this journal"),
     profile("an unknown key", PROFILE + "num_bloks = 3\n", "p.toml:8: limits.num_bloks: unknown key"),
     profile("a missing key", PROFILE.replace('model = "m"\n', ""), "p.toml: "),
     profile("no blocks", PROFILE.replace("1000", "0"), "p.toml:6: limits: num_blocks must be at least 1"),
