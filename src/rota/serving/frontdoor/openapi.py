@@ -181,22 +181,7 @@ def _schemas() -> dict[str, Any]:
         "required": ["object", "data"],
         "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": {"type": "object"}}},
     }
-    components["Instance"] = {
-        "type": "object",
-        "required": ["id", "object", "state", "num_requests"],
-        "properties": {
-            "id": {"type": "string"},
-            "object": {"const": "instance"},
-            "state": {"enum": ["ready", "draining", "drained", "unavailable"]},
-            "num_requests": {"type": "integer", "minimum": 0},
-        },
-    }
-    instances = {"type": "array", "items": {"$ref": "#/components/schemas/Instance"}}
-    components["Instances"] = {
-        "type": "object",
-        "required": ["object", "data"],
-        "properties": {"object": {"const": "list"}, "data": instances},
-    }
+    components.update(_instance_schemas())
     components["Health"] = {
         "type": "object",
         "required": ["status", "num_ready", "instances"],
@@ -207,3 +192,23 @@ def _schemas() -> dict[str, Any]:
         },
     }
     return components
+
+
+def _instance_schemas() -> dict[str, Any]:
+    instance = {
+        "type": "object",
+        "required": ["id", "object", "state", "num_requests"],
+        "properties": {
+            "id": {"type": "string"},
+            "object": {"const": "instance"},
+            "state": {"enum": ["ready", "draining", "drained", "unavailable"]},
+            "num_requests": {"type": "integer", "minimum": 0},
+        },
+    }
+    listed = {"type": "array", "items": {"$ref": "#/components/schemas/Instance"}}
+    instances = {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {"object": {"const": "list"}, "data": listed},
+    }
+    return {"Instance": instance, "Instances": instances}
