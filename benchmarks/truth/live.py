@@ -336,16 +336,15 @@ def _step_rows(measured: Measured) -> Iterator[TruthRow]:
 
 
 def _front_end_rows(profile: Profile, runs: Sequence[Run]) -> Iterator[TruthRow]:
-    """What the way in took under these loads, beside the constant that the profile has for it: on a machine whose other
-    cores are crowded it is no constant."""
+    """What the first part of the way in took under these loads. The profile has a constant for the whole way; on a
+    machine whose other cores are crowded it is none."""
     front_end = None if profile.calibration is None else profile.calibration.front_end
-    if front_end is None:
-        return
+    constant = "none" if front_end is None else f"{front_end.request_ms:.1f} ms"
     ways_in = [_ms([each.arrived_at - each.sent_at for each in run.requests]) for run in runs]
     for quantile in QUANTILES:
-        yield compared(
-            GROUP, f"{runs[0].load.name}, {WALL}", f"front end, until taken up, p{quantile}", "ms",
-            truth=_quantile(ways_in, quantile), rota=front_end.request_ms, note="a part of TTFT and E2E",
+        yield TruthRow(
+            GROUP, f"{runs[0].load.name}, {WALL}", f"from sending until taken up, p{quantile}", "ms",
+            _quantile(ways_in, quantile), None, None, None, f"in TTFT and E2E; the profile's whole way in: {constant}",
         )  # fmt: skip
 
 
