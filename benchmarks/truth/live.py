@@ -15,7 +15,6 @@ them, and has rows of its own.
 
 import asyncio
 import importlib.util
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +59,7 @@ LATENCY_BOUND = 0.15
 QUIET = 0.05
 """Where neighbours take no more than this share of the steps' time, the bound stands on the wall clock."""
 NUM_ROUNDS = 2
-CALIBRATION_SECONDS = float(os.environ.get("ROTA_TRUTH_LIVE_SECONDS", "120"))
+CALIBRATION_SECONDS = 120.0
 """Of each round."""
 START_SECONDS = 600.0
 QUANTILES = (50, 99)
