@@ -21,7 +21,7 @@ from benchmarks.truth.__main__ import main as print_truth
 from benchmarks.truth.row import TruthRow, compared, data
 
 from rota.base.errors import DataError
-from rota.base.instant import NANOSECONDS_PER_SECOND, Instant
+from rota.base.instant import NANOSECONDS_PER_SECOND, Duration, Instant
 from rota.serving.api import InstanceLimits
 from rota.serving.assemble import SystemConfig
 from rota.serving.metrics.definitions import RequestRecord, Samples
@@ -146,14 +146,14 @@ def limits_of(card: str) -> tuple[InstanceLimits, bool]:
 
 
 @cache
-def replay(card: str, *, skew: bool | None = None) -> Replay:
+def replay(card: str, *, skew: bool | None = None, leap: bool = True) -> Replay:
     """Play the workload through our model of the engine with vLLM's own policies and the run's own settings."""
     limits, is_derived = limits_of(card)
     cluster = SimulatedCluster(
         SystemConfig(stack=StackConfig(), instances=(InstanceSpec(id=_ONE, limits=limits),)),
         workload(limits.block_size),
         LayerwiseStepTime(tables=str(data("profiles", "layerwise", card)), skew=skew),
-        WorldOptions(report_interval=0),
+        WorldOptions(report_interval=Duration(0), leap=leap),
     )
     cluster.run()
     (machine,) = cluster.machines()
@@ -274,16 +274,22 @@ def write_html(path: Path) -> None:
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 
-    panels = ("waiting", "running", "kv_use")
-    titles = [f"{card}: {name}" for name in ("requests waiting", "requests running", "KV use") for card in CARDS]
-    figure = make_subplots(rows=len(panels), cols=len(CARDS), shared_xaxes=True, subplot_titles=titles)
+    panels = {"waiting": "requests waiting", "running": "requests running", "kv_use": "KV use"}
+    titles = [
+        f"{card}: {title}" + ("" if getattr(real_series(card), name).any() else " (not recorded by the engine)")
+        for name, title in panels.items()
+        for card in CARDS
+    ]
+    figure = make_subplots(
+        rows=len(panels), cols=len(CARDS), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.07
+    )
     for column, card in enumerate(CARDS, 1):
         sources = (("vLLM 0.19", real_series(card), "#888"), ("Rota", replay(card).series, "#d62728"))
         for label, series, colour in sources:
             for row, name in enumerate(panels, 1):
                 values = getattr(series, name)
                 if not values.any():
-                    continue  # not recorded
+                    continue
                 line = graph_objects.Scatter(
                     x=series.at, y=values, name=label, legendgroup=label, showlegend=(row, column) == (1, 1),
                     line={"color": colour, "width": 1.5},

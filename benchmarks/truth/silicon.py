@@ -27,7 +27,7 @@ from benchmarks.truth.__main__ import main as print_truth
 from benchmarks.truth.row import TruthRow, compared, data, relative_error
 
 from rota.base.errors import DataError
-from rota.base.instant import NANOSECONDS_PER_MILLISECOND, Instant
+from rota.base.instant import NANOSECONDS_PER_MILLISECOND, Duration, Instant
 from rota.base.random_streams import RandomStreams
 from rota.serving.api import InstanceLimits
 from rota.serving.assemble import SystemConfig
@@ -155,7 +155,7 @@ def play(point: Point, *, num_waves: int = NUM_WAVES) -> Outcome:
         ),
         clients.first(),
         table,
-        WorldOptions(report_interval=0),
+        WorldOptions(report_interval=Duration(0)),
         followers=clients.ended,
     )
     cluster.run()
@@ -268,11 +268,13 @@ def _bias(errors: Sequence[float]) -> str:
 
 def _compared(one: Outcome, quantity: str) -> TruthRow:
     truth, rota = getattr(one.point, f"{quantity}_ms"), getattr(one, f"{quantity}_ms")
-    return compared("silicon", one.point.name, f"mean {quantity}", "ms", truth=truth, rota=rota, note=cause(one))
+    return compared(
+        "silicon", one.point.name, f"mean {quantity}", "ms", truth=truth, rota=rota, note=cause(one, quantity)
+    )
 
 
-def cause(one: Outcome) -> str:
-    """What stands behind a large error, as far as the points themselves show it."""
+def cause(one: Outcome, quantity: str) -> str:
+    """What stands behind a large error of `tpot` or `ttft`, as far as the points themselves show it."""
     point = one.point
     is_tpot_off, is_ttft_off = abs(one.tpot_error) > TPOT_BOUND, abs(one.ttft_error) > TTFT_BOUND
     if one.prefill_share > 0.6 and one.tpot_error > TPOT_BOUND:
@@ -281,17 +283,17 @@ def cause(one: Outcome) -> str:
             f"the means imply {tokens:,.0f} prompt tokens/s, {one.prefill_share:.0%} of the time by the table, beside "
             "the decodes: kernels were faster, or prompts shared prefixes"
         )
-    if point.backend == "vllm" and is_ttft_off:
+    if quantity == "tpot":
+        return f"the table alone is {one.static_error:+.0%} off" if is_tpot_off else ""
+    if not is_ttft_off:
+        return ""
+    if point.backend == "vllm":
         return "the rush at the start is not in the measured mean"
-    if point.backend == "sglang" and is_ttft_off:
+    if point.backend == "sglang":
         return "the rush at the start weighs by the number of requests measured, which is not stated"
-    if point.backend == "trtllm" and is_ttft_off:
-        if one.ttft_error > 0:
-            return "alone among its neighbours nobody waited for a slot here"
-        return "rush at the start: in which order so many prompts were admitted is not stated"
-    if is_tpot_off:
-        return f"the table alone is {one.static_error:+.0%} off: another version of the engine"
-    return ""
+    if one.ttft_error > 0:
+        return "alone among its neighbours nobody waited for a slot here"
+    return "rush at the start: in which order so many prompts were admitted is not stated"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

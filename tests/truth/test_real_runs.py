@@ -45,3 +45,11 @@ def test_the_page_opens_offline(tmp_path: Path) -> None:
     real_runs.write_html(tmp_path / "runs.html")
     text = (tmp_path / "runs.html").read_text(encoding="utf-8")
     assert "RTX4090: KV use" in text and not re.search(r"<(script|link|img)[^>]+http", text)
+
+
+@pytest.mark.parametrize("card", real_runs.CARDS)
+def test_leaping_is_stepping_where_unlike_decodes_cost(card: str) -> None:
+    leapt = real_runs.replay(card, skew=True).latencies
+    stepped = real_runs.replay(card, skew=True, leap=False).latencies
+    for name in real_runs.BOUNDS:
+        assert np.array_equal(getattr(leapt, name), getattr(stepped, name))
