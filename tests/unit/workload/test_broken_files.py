@@ -231,6 +231,10 @@ CASES: list[tuple[str, str, str]] = [
     ("sharegpt: text after its end", SHAREGPT + " x", ":36:3: text after the end of the array"),
     ("sharegpt: an empty array", "[ ]", ":1:1: no conversations"),
     ("sharegpt: nothing in it", "[", ":1:2: the file is cut short"),
+    broken(
+        "rota: blocks beyond all", ROTA, ":16,", ":2147483647,", ":2:76: hash_block_tokens: expected a whole number"
+    ),
+    broken("mooncake: a prompt beyond all", MOONCAKE, ": 600", ": 16777217", ":1:18: input_length: expected a whole"),
 ]
 
 

@@ -14,6 +14,12 @@ NO_SLO = SLO()
 MAX_TOKENS = 2**31 - 1
 """Largest token count that a trace may state."""
 
+MAX_SHARED_TOKENS = 2**24
+"""Most tokens of a prompt that prefix ids cover: more than any model's context, and few enough that the ids of the
+engine's blocks in it (a million) do not fill the memory."""
+
+MAX_HASH_BLOCK_TOKENS = 2**16
+
 DEFAULT_MAX_TOKENS = 4096
 """What a client of an unknown kind is taken to declare: a round cap far above any output of the public traces (2,000 at
 most), so that it tells a policy nothing."""

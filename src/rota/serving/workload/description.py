@@ -14,7 +14,7 @@ from rota.base.instant import NANOSECONDS_PER_SECOND, to_seconds
 from rota.serving.workload.arrivals import Arrival
 
 DEFAULT_CACHE_BLOCKS = (1_000, 10_000, 100_000)
-NUM_BINS_MAX = 2_048
+NUM_BINS_MAX = 512
 """Of arrivals over time; bins are widened by two when there are more."""
 
 

@@ -11,7 +11,7 @@ from rota.base.instant import NANOSECONDS_PER_SECOND, Duration
 from rota.base.random_streams import RandomStreams, Stream
 from rota.serving.model.request import DEFAULT_TENANT, TenantId
 from rota.serving.workload.arrival_process import ArrivalProcess
-from rota.serving.workload.arrivals import MAX_TOKENS, Arrival
+from rota.serving.workload.arrivals import MAX_SHARED_TOKENS, Arrival
 from rota.serving.workload.conversations import Conversations, ConversationSampler
 from rota.serving.workload.distributions import Lengths, QuantileSampler, check, share_below
 from rota.serving.workload.formats.prefixes import PREFIX_BLOCK_TOKENS
@@ -30,7 +30,7 @@ class SharedPrefixes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         check(1 <= self.num_groups < _GROUP_STRIDE, "num_groups", "at least 1", self.num_groups)
-        check(1 <= self.num_tokens <= MAX_TOKENS, "num_tokens", "at least 1", self.num_tokens)
+        check(1 <= self.num_tokens <= MAX_SHARED_TOKENS, "num_tokens", "at least 1 and at most 2^24", self.num_tokens)
         check(0 <= self.share <= 1, "share", "from 0 to 1", self.share)
 
 

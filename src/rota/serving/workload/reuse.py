@@ -7,7 +7,7 @@ from math import sqrt
 import msgspec
 
 from rota.base.random_streams import Stream
-from rota.serving.workload.arrivals import MAX_TOKENS
+from rota.serving.workload.arrivals import MAX_HASH_BLOCK_TOKENS, MAX_SHARED_TOKENS, MAX_TOKENS
 from rota.serving.workload.distributions import Amounts, QuantileSampler, check, share_below
 from rota.serving.workload.formats.prefixes import Numbers
 
@@ -45,7 +45,8 @@ class PrefixReuse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bands: tuple[ReuseBand, ...]
 
     def __post_init__(self) -> None:
-        check(1 <= self.block_tokens <= MAX_TOKENS, "block_tokens", "at least 1", self.block_tokens)
+        is_fit = 16 <= self.block_tokens <= MAX_HASH_BLOCK_TOKENS
+        check(is_fit, "block_tokens", f"from 16 to {MAX_HASH_BLOCK_TOKENS}", self.block_tokens)
         bounds = [band.up_to for band in self.bands]
         check(bool(bounds) and bounds == sorted(set(bounds)), "bands", "given by `up_to` that rises", bounds)
 
@@ -63,8 +64,8 @@ class ReuseSampler:
         self._stream = stream
 
     def prefix(self, num_prompt_tokens: int) -> tuple[int, ...]:
-        """Ids of all blocks of the next prompt, the last of which may be partial."""
-        num_blocks = -(-num_prompt_tokens // self._block_tokens)
+        """Ids of all blocks of the next prompt, the last of which may be partial; of its first 2**24 tokens."""
+        num_blocks = -(-min(num_prompt_tokens, MAX_SHARED_TOKENS) // self._block_tokens)
         kept = self._kept(num_prompt_tokens, num_blocks)
         num_kept = sum(map(len, kept))
         own = self._numbers.take(num_blocks - num_kept)

@@ -13,7 +13,7 @@ import msgspec
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration
 from rota.base.random_streams import RandomStreams
-from rota.serving.workload.arrivals import MAX_TOKENS, Arrival
+from rota.serving.workload.arrivals import MAX_HASH_BLOCK_TOKENS, MAX_TOKENS, Arrival
 from rota.serving.workload.sorting import groups, in_order, shifted
 
 Trace = Callable[[], Iterable[Arrival]]
@@ -105,11 +105,15 @@ def scale_lengths(arrivals: Iterable[Arrival], prompt: float = 1.0, output: floa
         block = arrival.hash_block_tokens
         if arrival.prefix_hashes and prompt != 1.0:
             block = round(block * prompt)
-            if block * 1.0 != arrival.hash_block_tokens * prompt or block % ENGINE_BLOCK_TOKENS:
+            if (
+                block * 1.0 != arrival.hash_block_tokens * prompt
+                or block % ENGINE_BLOCK_TOKENS
+                or block > MAX_HASH_BLOCK_TOKENS
+            ):
                 raise ConfigError(
                     f"prompts cannot be {prompt:g} times as long: prefix blocks of {arrival.hash_block_tokens} tokens "
                     f"would become ones of {arrival.hash_block_tokens * prompt:g}",
-                    hint=f"{ENGINE_BLOCK_TOKENS} must divide the new size",
+                    hint=f"{ENGINE_BLOCK_TOKENS} must divide the new size, and it be at most {MAX_HASH_BLOCK_TOKENS}",
                 )
         num_prompt_tokens = _scaled(arrival.num_prompt_tokens, prompt)
         yield msgspec.structs.replace(

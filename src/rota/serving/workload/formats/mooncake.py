@@ -18,7 +18,7 @@ from rota.base.errors import DataError
 from rota.base.instant import NANOSECONDS_PER_MILLISECOND, Duration
 from rota.base.random_streams import RandomStreams
 from rota.serving.model.request import DEFAULT_TENANT, TenantId
-from rota.serving.workload.arrivals import MAX_TOKENS, Arrival, Fact, refuse_more
+from rota.serving.workload.arrivals import MAX_SHARED_TOKENS, MAX_TOKENS, Arrival, Fact, refuse_more
 from rota.serving.workload.formats.columns import MAX_SPAN_SECONDS
 from rota.serving.workload.formats.leniency import SORT_HINT, STRICT, ZERO_HINT, Leniency, Tally, Zero
 from rota.serving.workload.formats.spot import block_lines, data_error, is_text, line_blocks, shown
@@ -100,7 +100,7 @@ class _Reading:
                 return None
             if (
                 not latest <= at <= _MAX_MILLISECONDS
-                or num_prompt_tokens > MAX_TOKENS
+                or num_prompt_tokens > MAX_SHARED_TOKENS
                 or num_output_tokens > MAX_TOKENS
                 or len(hashes) != -(-num_prompt_tokens // HASH_BLOCK_TOKENS)
                 or max(hashes) > _MAX_HASH
@@ -196,8 +196,8 @@ class _Row:
         """Prompt and output length; None if the row is to be left out."""
         least = 1 if zero == "refuse" else 0
         prompt, output = (
-            self.integer(key, least, MAX_TOKENS, hint=ZERO_HINT if self.values[key] == 0 else None)
-            for key in ("input_length", "output_length")
+            self.integer(key, least, most, hint=ZERO_HINT if self.values[key] == 0 else None)
+            for key, most in (("input_length", MAX_SHARED_TOKENS), ("output_length", MAX_TOKENS))
         )
         return (prompt, output) if prompt and output else tally.settled(prompt, output, zero)
 
@@ -231,6 +231,8 @@ def _written(row: int, arrival: Arrival) -> str:
             f"row {row}: {arrival.at} ns is no whole millisecond; the mooncake format holds no finer times",
             hint="rota trace convert --lossy cuts times to milliseconds",
         )
+    if arrival.num_prompt_tokens > MAX_SHARED_TOKENS:
+        raise DataError(f"row {row}: the mooncake format holds prompts of at most {MAX_SHARED_TOKENS} tokens")
     expected = -(-arrival.num_prompt_tokens // HASH_BLOCK_TOKENS)
     if arrival.hash_block_tokens != HASH_BLOCK_TOKENS or len(arrival.prefix_hashes) != expected:
         raise DataError(

@@ -15,7 +15,7 @@ import msgspec
 
 from rota.base.instant import NANOSECONDS_PER_SECOND
 from rota.base.random_streams import RandomStreams
-from rota.serving.workload.arrivals import MAX_TOKENS, Arrival, Fact
+from rota.serving.workload.arrivals import MAX_HASH_BLOCK_TOKENS, MAX_SHARED_TOKENS, MAX_TOKENS, Arrival, Fact
 from rota.serving.workload.formats.columns import MAX_SPAN_SECONDS
 from rota.serving.workload.formats.leniency import SORT_HINT, STRICT, Leniency, Tally
 from rota.serving.workload.formats.spot import block_lines, data_error, line_blocks, shown
@@ -83,7 +83,7 @@ def problem_of(arrival: Arrival) -> Problem | None:
     ranges = (
         ("num_prompt_tokens", 1, MAX_TOKENS),
         ("num_output_tokens", 1, MAX_TOKENS),
-        ("hash_block_tokens", 1, MAX_TOKENS),
+        ("hash_block_tokens", 1, MAX_HASH_BLOCK_TOKENS),
         ("priority", -MAX_PRIORITY, MAX_PRIORITY),
         ("at", -MAX_SPAN, MAX_SPAN),
         ("gap", 0, MAX_SPAN),
@@ -103,6 +103,8 @@ def problem_of(arrival: Arrival) -> Problem | None:
         num_blocks = -(-arrival.num_prompt_tokens // arrival.hash_block_tokens)
         if len(hashes) > num_blocks:
             return "prefix_hashes", f"{len(hashes)} ids for a prompt of {num_blocks} blocks", None
+        if (len(hashes) - 1) * arrival.hash_block_tokens >= MAX_SHARED_TOKENS:
+            return "prefix_hashes", f"ids of more than {MAX_SHARED_TOKENS} tokens", None
     if arrival.gap and not arrival.after:
         return "gap", "a row that waits for none has no gap", None
     if len(set(arrival.after)) != len(arrival.after):
