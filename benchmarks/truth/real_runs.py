@@ -21,13 +21,14 @@ from benchmarks.truth.__main__ import main as print_truth
 from benchmarks.truth.row import TruthRow, compared, data
 
 from rota.base.errors import DataError
-from rota.base.instant import NANOSECONDS_PER_SECOND, Duration, Instant
-from rota.serving.api import InstanceLimits
+from rota.base.instant import NANOSECONDS_PER_SECOND, Duration, Instant, milliseconds
+from rota.serving.api import InstanceLimits, StepTimePredictor
 from rota.serving.assemble import SystemConfig
 from rota.serving.metrics.definitions import RequestRecord, Samples
 from rota.serving.model.instance import InstanceId, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 from rota.serving.predictors.step_time.engine_settings import EngineSettings, read_engine_settings
+from rota.serving.predictors.step_time.grid import GridStepTime
 from rota.serving.predictors.step_time.layerwise import LayerwiseStepTime
 from rota.serving.predictors.step_time.memory import capacity_of
 from rota.serving.sim.cluster import SimulatedCluster, WorldOptions
@@ -148,12 +149,20 @@ def limits_of(card: str) -> tuple[InstanceLimits, bool]:
 @cache
 def replay(card: str, *, skew: bool | None = None, leap: bool = True) -> Replay:
     """Play the workload through our model of the engine with vLLM's own policies and the run's own settings."""
+    step_time = LayerwiseStepTime(tables=str(data("profiles", "layerwise", card)), skew=skew)
+    return play(card, step_time, leap=leap)
+
+
+def play(
+    card: str, step_time: StepTimePredictor, *, leap: bool = True, step_overhead: Duration = Duration(0)
+) -> Replay:
+    """The same, with other step times."""
     limits, is_derived = limits_of(card)
     cluster = SimulatedCluster(
         SystemConfig(stack=StackConfig(), instances=(InstanceSpec(id=_ONE, limits=limits),)),
         workload(limits.block_size),
-        LayerwiseStepTime(tables=str(data("profiles", "layerwise", card)), skew=skew),
-        WorldOptions(report_interval=Duration(0), leap=leap),
+        step_time,
+        WorldOptions(report_interval=Duration(0), step_overhead=step_overhead, leap=leap),
     )
     cluster.run()
     (machine,) = cluster.machines()
@@ -226,6 +235,7 @@ def rows() -> Iterator[TruthRow]:
                 pair = (float(np.percentile(values, percentile)) for values in (theirs, mine))
                 yield _row(card, f"p{percentile} {name}", *pair, limit, "")
         yield from _shown(card, ours, real)
+    yield from _from_kernels()
 
 
 def _shown(card: str, ours: Replay, real: Latencies) -> Iterator[TruthRow]:
@@ -254,6 +264,20 @@ def _shown(card: str, ours: Replay, real: Latencies) -> Iterator[TruthRow]:
         "as the folder's meta.yaml asks" if np.array_equal(other.e2e, ours.latencies.e2e) else
         "meta.yaml turns it off: decode steps of these tables are 3 % slower than the run's, which hides skew",
     )  # fmt: skip
+
+
+def _from_kernels() -> Iterator[TruthRow]:
+    """The same run with step times of the kind that is shipped: from kernels, not measured on an engine."""
+    card, name = "RTXPRO6000", "Meta-Llama-3.1-8B_rtx_pro_6000_server_vllm_tp1.csv"
+    table = GridStepTime(table=str(data("profiles", "aiconfigurator", name)))
+    for overhead_ms in (0, 2):
+        ours = play(card, table, step_overhead=milliseconds(overhead_ms)).latencies
+        note = (
+            f"aiconfigurator's table, {overhead_ms} ms between steps: what a profile without measured layers is worth"
+        )
+        for quantity in BOUNDS:
+            truth_ms, rota_ms = (float(getattr(one, quantity).mean()) for one in (truth(card), ours))
+            yield _row(card, f"mean {quantity}, from kernels + {overhead_ms} ms", truth_ms, rota_ms, None, note)
 
 
 def _row(card: str, quantity: str, real: float, ours: float, bound: float | None, note: str) -> TruthRow:

@@ -115,6 +115,20 @@ def test_a_step_is_its_layers_added_up() -> None:
     assert time == pytest.approx(expected_us * 1000, rel=0.002)
 
 
+def test_a_mixed_step_is_read_off_the_point_that_was_measured() -> None:
+    read = read_layer_tables(tables("RTX4090"))
+    model = LayerwiseStepTime(tables=tables("RTX4090"))
+    attention = {}
+    for before in (0, 1024):
+        step = model.step_time(prefills=[(512, before)], num_decodes=32, decode_kv_tokens=32 * 1024)
+        around = step - LAYERS * 1000 * read.attention[512, before, 32, 1024]
+        attention[before] = around
+    # What is around attention is the same for both, and is that of a step of as many tokens and sequences.
+    assert attention[0] == pytest.approx(attention[1024], rel=0.005)
+    alone = model.step_time(prefills=[(543, 0), (1, 0)], num_decodes=0, decode_kv_tokens=0)
+    assert attention[0] == pytest.approx(alone - LAYERS * 1000 * read.attention[512, 0, 0, 0], rel=0.05)
+
+
 def test_unlike_decodes_cost_a_straight_line_of_the_excess_of_the_longest() -> None:
     """The slope is that of the table's own skewed batches, scaled from three iterations to one."""
     model = LayerwiseStepTime(tables=tables("RTX4090"), skew=True)
