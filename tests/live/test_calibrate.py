@@ -31,7 +31,7 @@ def started(folder: Path, seconds: str) -> "subprocess.Popen[str]":
 
 
 def test_a_live_engine_becomes_a_profile_that_simulates(tmp_path: Path) -> None:
-    process = started(tmp_path, "45")
+    process = started(tmp_path, "60")
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     said = json.loads(out)["calibration"]

@@ -9,7 +9,7 @@ from rota.serving.bench.client import Sent
 from rota.serving.calibration.steps import Steps
 from rota.serving.predictors.step_time.fitted import FrontEnd
 
-NUM_REQUESTS_MIN = 5
+NUM_REQUESTS_MIN = 3
 
 
 def front_end_of(sent: Sequence[Sent], steps: Steps) -> FrontEnd | None:

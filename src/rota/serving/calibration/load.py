@@ -19,7 +19,7 @@ Kind = Literal["alone", "steady", "ramp", "mixed"]
 PAUSE_SECONDS = 0.7
 """Between two stretches nothing runs for so long, by which a reader of the facts knows them apart."""
 
-_ROUND: tuple[tuple[Kind, float], ...] = (("alone", 0.6), ("mixed", 1.4), ("steady", 1.0), ("ramp", 1.2))
+_ROUND: tuple[tuple[Kind, float], ...] = (("alone", 0.8), ("mixed", 1.4), ("steady", 1.0), ("ramp", 1.2))
 """Kinds of a round and their weights of its time."""
 _ROUND_SECONDS = 40.0
 """A round of about so long, so that a calibration of minutes has several of each kind."""
