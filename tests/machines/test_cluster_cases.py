@@ -235,11 +235,11 @@ def test_a_restart_voids_reports_and_prefixes():
     blocks = tuple(range(6))
     cluster.feed(arrived("one", blocks=blocks))
     request = Request(R, Instant(0), 100, 10, block_hashes=blocks)
-    assert view.num_prefix_blocks(request) == 6
+    assert view.num_prefix_tokens(request) == 96
     before = cluster.now
     cluster.feed(InstanceReported(InstanceReport(A, before, 1, 0, 50, 100)))
     cluster.feed(started(A))
-    assert (view.observed_at, view.num_prefix_blocks(request)) == (None, 0)
+    assert (view.observed_at, view.num_prefix_tokens(request)) == (None, 0)
     cluster.feed(InstanceReported(InstanceReport(A, before, 1, 0, 50, 100)))
     assert view.observed_at is None, "a report from before the restart came late"
 
@@ -249,7 +249,7 @@ def test_an_instance_without_prefix_caching_holds_no_prefixes():
     cluster.feed(started(A, enable_prefix_caching=False))
     cluster.feed(arrived("one", blocks=(1, 2)))
     (view,) = cluster.machine.instance_views()
-    assert view.num_prefix_blocks(Request(R, Instant(0), 40, 1, block_hashes=(1, 2))) == 0
+    assert view.num_prefix_tokens(Request(R, Instant(0), 40, 1, block_hashes=(1, 2))) == 0
 
 
 class Refuses:

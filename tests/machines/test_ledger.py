@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from rota.base.errors import LawBroken
-from rota.serving.instance.ledger import BlockLedger, Holding, Run
+from rota.serving.instance.ledger import BlockLedger, Holding, Piece, Run
 
 BLOCK = 4
 
@@ -84,18 +84,21 @@ class Pool:
 class Known:
     """A sequence: its side in the ledger, and its blocks in the model."""
 
-    def __init__(self, name, num_tokens, block_hashes):
+    def __init__(self, name, num_tokens, block_hashes, ratio=1, num_hashed=None):
         self.name = name
         self.num_tokens = num_tokens
         self.num_computed = 0
         self.num_granted = 0
-        self.holding = Holding(name, block_hashes)
+        self.holding = Holding(name, block_hashes, ratio, num_hashed)
         self.blocks = []
         self.num_published = 0
 
     def hash_at(self, index):
-        hashes = self.holding.block_hashes
-        return hashes[index] if index < len(hashes) else (self.name, index)
+        holding = self.holding
+        if index >= holding.num_hashed:
+            return self.name, index
+        number, start = divmod(index, holding.blocks_per_hash)
+        return holding.block_hashes[number], start
 
     def lookup_hashes(self):
         return [self.hash_at(index) for index in range((self.num_tokens - 1) // BLOCK)]
@@ -112,22 +115,29 @@ def state_of(ledger, holdings):
         ledger.num_cached,
         [(copy_of(entry), stamp) for entry, stamp in ledger._released.items()],
         {owner: copy_of(run) for owner, run in ledger._runs.items()},
-        {block_hash: list(ids) for block_hash, ids in ledger._found.items()},
-        dict(ledger._hash_of),
-        dict(ledger._references),
-        [(holding.num_blocks, list(holding.shared)) for holding in holdings],
+        {block_hash: [copy_of(piece) for piece in pieces] for block_hash, pieces in ledger._found.items()},
+        [
+            (holding.num_blocks, holding.num_shared, [copy_of(piece) for piece in holding.shared])
+            for holding in holdings
+        ],
     )
 
 
 def copy_of(entry):
-    return (entry.owner, entry.count) if isinstance(entry, Run) else entry
+    if isinstance(entry, Run):
+        return entry.owner, entry.count
+    return entry.block_hash, entry.start, entry.count, {holding.owner for holding in entry.holders}
 
 
 class LedgerRules(RuleBasedStateMachine):
     """Sequences are admitted, grow, are preempted and end; whole passes are taken back."""
 
-    @initialize(num_blocks=st.integers(6, 24), caching=st.sampled_from([True, True, True, False]))
-    def begin(self, num_blocks, caching):
+    @initialize(
+        num_blocks=st.integers(6, 24), caching=st.sampled_from([True, True, True, False]), ratio=st.integers(1, 4)
+    )
+    def begin(self, num_blocks, caching, ratio):
+        """A hash names `ratio` blocks, as in a trace that names longer stretches than an engine's blocks."""
+        self.ratio = ratio
         self.ledger = BlockLedger(num_blocks, BLOCK, enable_prefix_caching=caching)
         self.pool = Pool(num_blocks, caching)
         self.num_blocks = num_blocks
@@ -146,10 +156,12 @@ class LedgerRules(RuleBasedStateMachine):
     def arrive(self, prompts):
         for num_tokens, family, is_hashed_in_full in prompts:
             num_hashed = num_tokens // BLOCK if is_hashed_in_full else num_tokens // BLOCK // 2
-            hashes = tuple((family, block) for block in range(num_hashed)) if family else ()
+            hashes = tuple((family, number) for number in range(-(-num_hashed // self.ratio))) if family else ()
             self.num_sequences += 1
             if num_tokens < self.num_blocks * BLOCK:
-                self.waiting.append(Known(f"r{self.num_sequences}", num_tokens, hashes))
+                self.waiting.append(
+                    Known(f"r{self.num_sequences}", num_tokens, hashes, self.ratio, num_hashed if family else 0)
+                )
 
     @rule(
         moves=st.lists(
@@ -193,7 +205,7 @@ class LedgerRules(RuleBasedStateMachine):
         ledger.publish(holding, total)
         self.pool.touch(found)
         known.blocks = found + self.pool.allocate(num_new)
-        known.num_published = sum(index < len(holding.block_hashes) for index in range(len(found)))
+        known.num_published = min(holding.num_hashed, len(found))
         self.publish(known, total)
         known.num_computed, known.num_granted = cached, total - cached
         self.waiting.remove(known)
@@ -250,7 +262,7 @@ class LedgerRules(RuleBasedStateMachine):
     def publish(self, known, total):
         if not self.pool.caching:
             return
-        last = min(total // BLOCK, len(known.holding.block_hashes))
+        last = min(total // BLOCK, known.holding.num_hashed)
         for index in range(known.num_published, last):
             self.pool.cache(known.blocks[index], known.hash_at(index))
         known.num_published = max(known.num_published, last)
@@ -336,7 +348,7 @@ class LedgerRules(RuleBasedStateMachine):
             if isinstance(entry, Run):
                 hashes += [(entry.owner, self.run_begins[entry.owner] + i) for i in reversed(range(entry.count))]
             else:
-                hashes.append(self.ledger._hash_of[entry])
+                hashes += [(entry.block_hash, entry.start + i) for i in reversed(range(entry.count))]
         return hashes
 
 
@@ -345,7 +357,7 @@ TestLedgerRules.settings = settings(max_examples=100, stateful_step_count=30, de
 
 
 def forget_nothing_published(self, holding, block):
-    holding.shared.pop()
+    holding.num_shared -= holding.shared.pop().count
 
 
 def release_first_block_first(self, holding, num_computed_tokens, *, will_return):
@@ -360,10 +372,11 @@ def count_shared_twice(self, leaving):
 LOOKUP, RELEASE = BlockLedger.lookup, BlockLedger.release
 
 PLANTED = {
+    "a piece is taken whole where a prefix ends inside it": ("_carve", lambda self, piece, start, count: piece),
     "a block that was taken back stays findable": ("_undo_publish", forget_nothing_published),
     "the first block of a prefix is evicted first": ("release", release_first_block_first),
     "shared blocks are freed by each who shares them": ("num_freed_by", count_shared_twice),
-    "rolling back keeps what was admitted": ("_undo_admit", lambda self, holding, shared, num_blocks: None),
+    "rolling back keeps what was admitted": ("_undo_admit", lambda self, holding, shared, num_shared, num_blocks: None),
     "a prompt that is cached in full needs no token": (
         "lookup",
         lambda self, holding, num_tokens: LOOKUP(self, holding, num_tokens + 1),
@@ -392,10 +405,10 @@ def test_a_planted_bug_is_found(monkeypatch, bug):
     ("spoil", "message"),
     [
         (lambda ledger, holding: setattr(ledger, "num_free", 5), "is not total"),
-        (lambda ledger, holding: setattr(holding, "num_blocks", 1), "holds 1 blocks but lists 2"),
+        (lambda ledger, holding: setattr(holding, "num_blocks", 1), "holds 1 blocks, counts 2 shared and lists 2"),
         (lambda ledger, holding: setattr(ledger, "num_cached", 1), "counted as cached"),
-        (lambda ledger, holding: ledger._references.update({0: 2}), "2 references, 1 holders"),
-        (lambda ledger, holding: ledger._references.update({7: 0}), "wrong side of the cache"),
+        (lambda ledger, holding: holding.shared[0].holders.add(Holding("x", ())), "2 references, 1 holders"),
+        (lambda ledger, holding: ledger._found.update(c=[Piece("c", 0, 1, set())]), "wrong side of the cache"),
     ],
 )
 def test_the_audit_sees(spoil, message):
@@ -417,16 +430,42 @@ def filled(ledger, name, block_hashes, num_tokens):
     return holding
 
 
+def hit_pieces(ledger, block_hash):
+    return [piece for piece, _, _ in ledger.lookup(Holding("third", (block_hash,)), 9).shared]
+
+
 def test_of_equal_blocks_the_oldest_is_hit():
     ledger = BlockLedger(10, BLOCK)
     older, newer = filled(ledger, "older", ("a",), 5), filled(ledger, "newer", ("a",), 5)
     oldest = list(older.shared)
     assert oldest != newer.shared
-    assert ledger.lookup(Holding("third", ("a",)), 9).shared == oldest
+    assert hit_pieces(ledger, "a") == oldest
     ledger.release(older, 5, will_return=False)
-    assert ledger.lookup(Holding("third", ("a",)), 9).shared == oldest
+    assert hit_pieces(ledger, "a") == oldest
     filled(ledger, "large", (), 8 * BLOCK)
-    assert ledger.lookup(Holding("third", ("a",)), 9).shared == newer.shared
+    assert hit_pieces(ledger, "a") == newer.shared
+
+
+def test_what_is_left_of_a_piece_keeps_its_turn():
+    ledger = BlockLedger(12, BLOCK)
+    older = Holding("older", ("a",), 4, 1)
+    ledger.admit(older, ledger.lookup(older, 5), 4)
+    ledger.publish(older, 4)
+    newer, other = Holding("newer", ("a",), 4), filled(ledger, "other", ("c",), 5)
+    ledger.admit(newer, ledger.lookup(Holding("nobody", ()), 1), 16)
+    ledger.publish(newer, 16)
+    ledger.release(newer, 16, will_return=False)
+    ledger.release(other, 4, will_return=False)
+    third = Holding("third", ("a",), 4)
+    hit = ledger.lookup(third, 17)
+    assert [(start, count) for _, start, count in hit.shared] == [(0, 1), (1, 3)]
+    ledger.admit(third, hit, 16)
+    assert (ledger.num_cached, ledger.num_free) == (2, 6)
+    large = filled(ledger, "large", (), 7 * BLOCK)
+    # What the third did not take of the newer one's piece was released first.
+    assert ledger.lookup(Holding("x", ("c",)), 9).num_blocks == 1
+    ledger.extend(large, 8 * BLOCK)
+    assert ledger.lookup(Holding("x", ("c",)), 9).num_blocks == 0
 
 
 def test_who_was_released_first_is_evicted_first_and_from_the_end():

@@ -27,8 +27,9 @@ class InstanceSample:
     observed_at: Instant | None = None
     role: Role = Role.MIXED
 
-    def num_prefix_blocks(self, request: Request) -> int:
-        return min(self.num_cached_blocks, len(request.block_hashes))
+    def num_prefix_tokens(self, request: Request) -> int:
+        num_blocks = min(self.num_cached_blocks, len(request.block_hashes))
+        return min(num_blocks * self.block_size, request.num_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

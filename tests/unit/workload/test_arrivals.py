@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, Instant, seconds
 from rota.base.random_streams import RandomStreams
+from rota.serving.instance.ledger import BlockLedger
+from rota.serving.instance.sequence import Sequence
 from rota.serving.model.request import shared_prefix_blocks
-from rota.serving.workload.arrivals import Arrival, block_hashes, to_request
+from rota.serving.workload.arrivals import Arrival, to_request
 from rota.serving.workload.retiming import scale_rate, take, with_poisson
 
 
@@ -50,17 +52,24 @@ def test_blocks_agree_exactly_where_the_trace_blocks_do(
         Arrival(Duration(0), max(1, (len(ids) - 1) * 512 + last), 1, tuple(i * 10 + h for i, h in enumerate(ids)))
         for ids in (left, right)
     ]
-    hashes = [block_hashes(arrival, size) for arrival in arrivals]
-    for arrival, blocks in zip(arrivals, hashes, strict=True):
-        assert len(blocks) == (arrival.num_prompt_tokens // size if arrival.prefix_hashes else 0)
-        assert len(set(blocks)) == len(blocks)
+    requests = [
+        to_request(arrival, f"r{number}", Instant(0), max_model_len=10_000, block_size=size)[0]
+        for number, arrival in enumerate(arrivals)
+    ]
+    sequences = [Sequence(request, size) for request in requests]
+    ledger = BlockLedger(1000, size)
+    for arrival, sequence in zip(arrivals, sequences, strict=True):
+        assert sequence.num_hashed == (arrival.num_prompt_tokens // size if arrival.prefix_hashes else 0)
+    ledger.admit(sequences[0], ledger.lookup(sequences[0], 1), requests[0].num_prompt_tokens)
+    ledger.publish(sequences[0], requests[0].num_prompt_tokens)
     common = shared_prefix_blocks(arrivals[0].prefix_hashes, arrivals[1].prefix_hashes)
-    assert shared_prefix_blocks(*hashes) == min(common * 512 // size, len(hashes[0]), len(hashes[1]))
+    expected = min(common * 512 // size, *[sequence.num_hashed for sequence in sequences])
+    assert ledger.lookup(sequences[1], requests[1].num_prompt_tokens + 1).num_blocks == expected
 
 
 def test_block_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="block_size 48"):
-        block_hashes(Arrival(Duration(0), 512, 1, (1,)), 48)
+        to_request(Arrival(Duration(0), 512, 1, (1,)), "r", Instant(0), max_model_len=1000, block_size=48)
 
 
 TRACE = [Arrival(seconds(i * i), i + 1, 1) for i in range(1000)]

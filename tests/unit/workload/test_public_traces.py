@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from rota.base.instant import Instant
 from rota.base.random_streams import RandomStreams
-from rota.serving.workload.arrivals import Arrival, block_hashes
+from rota.serving.instance.sequence import Sequence
+from rota.serving.workload.arrivals import Arrival, to_request
 from rota.serving.workload.formats import read_trace
 from rota.serving.workload.formats.azure import AzureFormat
 from rota.serving.workload.formats.mooncake import MooncakeFormat
@@ -55,10 +57,12 @@ def test_mooncake_prefixes_as_blocks_of_16(mooncake: list[Arrival]) -> None:
     seen: set[int] = set()
     num_hit, num_tokens = 0, 0
     for arrival in mooncake:
-        hashes = block_hashes(arrival, 16)
-        assert len(hashes) == arrival.num_prompt_tokens // 16
+        request, _ = to_request(arrival, "r", Instant(0), max_model_len=200_000)
+        sequence = Sequence(request, 16)
+        assert sequence.num_hashed == arrival.num_prompt_tokens // 16
+        hashes = arrival.prefix_hashes
         hit = next((i for i, block in enumerate(hashes) if block not in seen), len(hashes))
-        num_hit += hit * 16
+        num_hit += min(hit * 32, sequence.num_hashed) * 16
         num_tokens += arrival.num_prompt_tokens
         seen.update(hashes[hit:])
     assert 0.373 < num_hit / num_tokens < 0.3737

@@ -10,7 +10,7 @@ from tests.unit.workload.test_formats import programs
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, seconds
 from rota.serving.model.request import TenantId
-from rota.serving.workload.arrivals import Arrival, block_hashes, facts_of
+from rota.serving.workload.arrivals import Arrival, facts_of
 from rota.serving.workload.conversion import Conversion
 from rota.serving.workload.description import PrefixCache, describe
 from rota.serving.workload.formats import WRITTEN, writer_of
@@ -90,7 +90,7 @@ def test_lengths_are_scaled_and_what_is_shared_stays() -> None:
     longer = list(scale_lengths(rows, 2.0, 0.5))
     assert [(row.num_prompt_tokens, row.num_output_tokens) for row in longer] == [(2048, 6), (1400, 1)]
     assert [row.hash_block_tokens for row in longer] == [1024, 1024]
-    assert len(set(block_hashes(longer[0], 16)) & set(block_hashes(longer[1], 16))) == 64
+    assert [row.prefix_hashes for row in longer] == [(1, 2), (1, 3)]
     assert list(scale_lengths(rows)) == rows
     with pytest.raises(ConfigError, match=r"prompts cannot be 1\.1 times as long"):
         list(scale_lengths(rows, 1.1))

@@ -135,8 +135,8 @@ class InstanceView(Protocol):
         """Prompt tokens of outstanding requests whose first token was not seen, plus one for each that decodes."""
         ...
 
-    def num_prefix_blocks(self, request: Request) -> int:
-        """Leading blocks of the request that were sent to this instance before and are thought to be cached there."""
+    def num_prefix_tokens(self, request: Request) -> int:
+        """Leading tokens of the prompt that were sent to this instance before and are thought to be cached there."""
         ...
 
 

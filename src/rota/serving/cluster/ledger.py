@@ -133,8 +133,8 @@ class InstanceReading:
     def num_outstanding_tokens(self) -> int:
         return self._ledger.num_outstanding_tokens
 
-    def num_prefix_blocks(self, request: Request) -> int:
-        return 0 if self._prefix_index is None else self._prefix_index.match(request).get(self.id, 0)
+    def num_prefix_tokens(self, request: Request) -> int:
+        return 0 if self._prefix_index is None else self._prefix_index.num_tokens(request, self.id)
 
 
 class ClusterReading:

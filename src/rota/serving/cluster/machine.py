@@ -398,7 +398,7 @@ class ClusterMachine:
         ledger.start(spec, now)
         if self._prefix_index is not None:
             num_blocks = spec.limits.num_blocks if spec.limits.enable_prefix_caching else 0
-            self._prefix_index.add_instance(spec.id, num_blocks)
+            self._prefix_index.add_instance(spec.id, num_blocks, spec.limits.block_size)
         self._max_prompt_anywhere = max(self._max_prompt_anywhere or 0, ledger.max_prompt_tokens)
         self._refresh_ready()
         return self._dispatch_held(now)

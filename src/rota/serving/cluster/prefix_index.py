@@ -27,9 +27,11 @@ class PrefixIndex:
     def __init__(self, *, max_entries: int = 1_000_000) -> None:
         self._max_entries = max_entries
         self._num_entries = 0
-        # Blocks in order of last use, oldest first.
-        self._blocks_of: dict[InstanceId, OrderedDict[Hashable, None]] = {}
-        self._max_blocks_of: dict[InstanceId, int] = {}
+        # Blocks in order of last use, oldest first, with the tokens that each stands for.
+        self._blocks_of: dict[InstanceId, OrderedDict[Hashable, int]] = {}
+        self._num_tokens_of: dict[InstanceId, int] = {}
+        self._max_tokens_of: dict[InstanceId, int] = {}
+        self._block_size_of: dict[InstanceId, int] = {}
         # The answer for the request asked about last: a policy asks once for each instance.
         self._matched: Request | None = None
         self._match: Mapping[InstanceId, int] = NO_MATCH
@@ -37,20 +39,25 @@ class PrefixIndex:
     def __len__(self) -> int:
         return self._num_entries
 
-    def add_instance(self, instance_id: InstanceId, num_blocks: int) -> None:
-        """Start to remember for an instance that holds `num_blocks` blocks; what was remembered of it is dropped."""
+    def add_instance(self, instance_id: InstanceId, num_blocks: int, block_size: int = 16) -> None:
+        """Start to remember for an instance that holds `num_blocks` blocks of `block_size` tokens; what was remembered
+        of it is dropped."""
         self.forget_instance(instance_id)
         self._blocks_of[instance_id] = OrderedDict()
-        self._max_blocks_of[instance_id] = num_blocks
+        self._num_tokens_of[instance_id] = 0
+        self._max_tokens_of[instance_id] = num_blocks * block_size
+        self._block_size_of[instance_id] = block_size
 
     def forget_instance(self, instance_id: InstanceId) -> None:
         """Drop all that is remembered of an instance, known or not: its cache is gone."""
         self._num_entries -= len(self._blocks_of.pop(instance_id, ()))
-        self._max_blocks_of.pop(instance_id, None)
+        for facts in (self._num_tokens_of, self._max_tokens_of, self._block_size_of):
+            facts.pop(instance_id, None)
         self._matched = None
 
     def match(self, request: Request) -> Mapping[InstanceId, int]:
-        """Leading blocks of the request that each instance is thought to hold; instances with none are left out.
+        """How many of the request's hashes, from the first on, each instance is thought to hold; instances with none
+        are left out.
 
         Computed once for a request, O(instances × log blocks), and kept until something is recorded or forgotten.
         """
@@ -65,6 +72,14 @@ class PrefixIndex:
         self._matched, self._match = request, MappingProxyType(match)
         return self._match
 
+    def num_tokens(self, request: Request, instance_id: InstanceId) -> int:
+        """Leading tokens of the prompt that an instance is thought to hold."""
+        num_hashes = self.match(request).get(instance_id, 0)
+        if not num_hashes:
+            return 0
+        per_hash = request.hash_block_tokens or self._block_size_of[instance_id]
+        return min(num_hashes * per_hash, request.num_prompt_tokens)
+
     def record(self, request: Request, instance_id: InstanceId) -> None:
         """The request was sent to an instance that was added before. O(blocks of the request)."""
         hashes = request.block_hashes
@@ -72,11 +87,15 @@ class PrefixIndex:
             return
         blocks = self._blocks_of[instance_id]
         num_before = len(blocks)
+        per_hash = request.hash_block_tokens or self._block_size_of[instance_id]
+        most = self._max_tokens_of[instance_id]
         # Last block first, so that the beginning of a prefix is always younger than its end and outlives it.
-        for block in reversed(hashes[: self._max_blocks_of[instance_id]]):
-            blocks[block] = None
+        for block in reversed(hashes[: most // per_hash]):
+            blocks[block] = per_hash
             blocks.move_to_end(block)
-        _drop_oldest(blocks, len(blocks) - self._max_blocks_of[instance_id])
+        self._num_tokens_of[instance_id] += per_hash * (len(blocks) - num_before)
+        while self._num_tokens_of[instance_id] > most:
+            self._drop_oldest(instance_id)
         self._num_entries += len(blocks) - num_before
         while self._num_entries > self._max_entries:
             self._shrink()
@@ -95,11 +114,16 @@ class PrefixIndex:
         largest = min(self._blocks_of, key=lambda instance_id: (-len(self._blocks_of[instance_id]), instance_id))
         blocks = self._blocks_of[largest]
         num_dropped = min(self._num_entries - self._max_entries, len(blocks))
-        _drop_oldest(blocks, num_dropped)
+        for _ in range(num_dropped):
+            self._drop_oldest(largest)
         self._num_entries -= num_dropped
 
+    def _drop_oldest(self, instance_id: InstanceId) -> None:
+        _, num_tokens = self._blocks_of[instance_id].popitem(last=False)
+        self._num_tokens_of[instance_id] -= num_tokens
 
-def _leading_run(hashes: tuple[Hashable, ...], blocks: Mapping[Hashable, None]) -> int:
+
+def _leading_run(hashes: tuple[Hashable, ...], blocks: Mapping[Hashable, int]) -> int:
     """How many of `hashes` are in `blocks`, knowing that they are the first ones and that the very first is."""
     if hashes[-1] in blocks:
         return len(hashes)
@@ -111,8 +135,3 @@ def _leading_run(hashes: tuple[Hashable, ...], blocks: Mapping[Hashable, None]) 
         else:
             absent = middle
     return absent
-
-
-def _drop_oldest(blocks: OrderedDict[Hashable, None], count: int) -> None:
-    for _ in range(count):
-        blocks.popitem(last=False)

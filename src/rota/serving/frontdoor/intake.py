@@ -76,6 +76,7 @@ class Intake:
             block_hashes=prompts.block_hashes(
                 prompt, num_tokens, (body.model or "").encode(), (body.cache_salt or "").encode(), tools
             ),
+            hash_block_tokens=prompts.TOKENS_PER_BLOCK,
         )
         return EngineCall(
             request=request,

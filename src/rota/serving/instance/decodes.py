@@ -29,8 +29,13 @@ class Paced(Holding):
 
     __slots__ = ("_computed", "_rounds", "_tokens", "grant", "id", "request")
 
-    def __init__(self, request: Request) -> None:
-        super().__init__(request.id, request.block_hashes)
+    def __init__(self, request: Request, block_size: int) -> None:
+        # Hashes of a part of a block, or of no whole number of blocks, say nothing of blocks.
+        ratio, rest = divmod(request.hash_block_tokens or block_size, block_size)
+        hashes = request.block_hashes if ratio and not rest else ()
+        super().__init__(
+            request.id, hashes, ratio or 1, min(len(hashes) * ratio, request.num_prompt_tokens // block_size)
+        )
         self.id: RequestId = request.id
         self.request = request
         self._rounds = STILL

@@ -135,7 +135,7 @@ class StepDraft:
                 if sequence in self.preempted:
                     return Refusal.NOT_PENDING
             ledger.extend(sequence, total)
-        if len(sequence.shared) < len(sequence.block_hashes):
+        if sequence.num_shared < sequence.num_hashed:
             self._ledger.publish(sequence, total)
         sequence.granted = num_tokens
         self.grants.append(sequence)

@@ -105,7 +105,7 @@ class InstanceMachine:
             reason = self._why_never(event.request)
             if reason is not None:
                 return [RejectSequence(event.request.id, reason)]
-            sequence = Sequence(event.request, 0)
+            sequence = Sequence(event.request, self.limits.block_size)
             self._sequences[sequence.id] = sequence
             self.waiting.append(sequence)
             self._unsettle()

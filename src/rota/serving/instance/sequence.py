@@ -35,8 +35,8 @@ class Sequence(Paced):
         "tenant",
     )
 
-    def __init__(self, request: Request, queue_position: int) -> None:
-        super().__init__(request)
+    def __init__(self, request: Request, block_size: int) -> None:
+        super().__init__(request, block_size)
         self.priority = request.priority
         self.tenant = request.tenant
         self.arrived_at: Instant = request.arrived_at
@@ -45,7 +45,7 @@ class Sequence(Paced):
         """Of the computed tokens, those found in the prefix cache at the first admission."""
         self.num_preemptions = 0
         self.admitted_seq = -1
-        self.queue_position = queue_position
+        self.queue_position = 0
         self.granted = 0
         """Tokens that the step under way computes of it by itself; of one that goes along with the group, 0."""
         self.state: str = SEQUENCE.initial

@@ -160,7 +160,7 @@ class SteadyPass:
         for sequence, num_tokens in served:
             total = sequence.num_computed_tokens + num_tokens
             ledger.extend(sequence, total)
-            if len(sequence.shared) < len(sequence.block_hashes):
+            if sequence.num_shared < sequence.num_hashed:
                 ledger.publish(sequence, total)
             sequence.granted = num_tokens
 

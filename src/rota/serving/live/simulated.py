@@ -26,8 +26,6 @@ from rota.serving.model.events import SequenceAborted, SequenceArrived, StepFini
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 
-_TOKENS_PER_HASH = 64
-"""Tokens that one block hash of the front door stands for (`rota.serving.frontdoor.prompts`)."""
 _CATCH_UP_SECONDS = 0.05
 """A step that ends late, as timers do, shortens the next by up to so much: the pace is kept, not each step."""
 
@@ -156,7 +154,7 @@ class SimulatedEngine:
         if self._is_lost:
             self._soon(sink.on_failed, "the simulated engine was lost")
             return
-        request = self._as_the_engine_sees_it(call.request)
+        request = call.request
         wishes = _wishes(call.body)
         num_tokens = self._draw_length(request, bool(wishes.ignore_eos))
         placeholder = Placeholder(
@@ -184,21 +182,6 @@ class SimulatedEngine:
         natural = max(1, round(_MEDIAN_TOKENS * math.exp(self._lengths.normal(0.0, _SIGMA))))
         most = max(1, min(request.max_tokens, self._longest - request.num_prompt_tokens))
         return most if ignore_eos else min(natural, most)
-
-    def _as_the_engine_sees_it(self, request: Request) -> Request:
-        """The request with as many hashes as it has blocks here: each of the router's stands for several of ours."""
-        block_size = self.spec.limits.block_size
-        if not request.block_hashes or _TOKENS_PER_HASH % block_size:
-            return msgspec.structs.replace(request, block_hashes=())
-        per_hash = _TOKENS_PER_HASH // block_size
-        hashes = tuple(
-            [
-                (block_hash // per_hash) * per_hash + part
-                for block_hash in request.block_hashes
-                for part in range(per_hash)
-            ]
-        )
-        return msgspec.structs.replace(request, block_hashes=hashes)
 
     def _carry_out(self, name: str, command: InstanceCommand, now: Instant) -> None:
         if isinstance(command, RunStep):

@@ -59,8 +59,11 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     session: str | None = None
     slo: SLO = SLO()
     block_hashes: tuple[Any, ...] = ()
-    """Chained hashes of the prompt's full blocks, first block first: two requests share a prefix as far as these agree.
-    Any hashable values. May be shorter than the prompt (the rest is private to the request), or empty."""
+    """Chained hashes of the prompt's leading blocks, first block first: two requests share a prefix as far as these
+    agree. Any hashable values. May be shorter than the prompt (the rest is private to the request), or empty."""
+    hash_block_tokens: int | None = None
+    """Tokens that each of `block_hashes` stands for; of the last, as many as the prompt has. None: a full block of the
+    engine each."""
 
 
 def shared_prefix_blocks(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:

@@ -123,12 +123,12 @@ class VllmMachine:
         return self._plan(now) if self._in_flight is None else ()
 
     def _prompt(self, request: Request) -> Iterator[int]:
-        block_size = self.limits.block_size
+        per_hash = request.hash_block_tokens or self.limits.block_size
         left = request.num_prompt_tokens
         for block_hash in request.block_hashes:
             token = self._token_of.setdefault(block_hash, len(self._token_of) % _FIRST_PRIVATE_TOKEN)
-            yield from (token,) * block_size
-            left -= block_size
+            yield from (token,) * min(per_hash, left)
+            left -= min(per_hash, left)
         private = _FIRST_PRIVATE_TOKEN + self._vllm.num_requests % _NUM_PRIVATE_TOKENS
         yield from (private,) * left
 

@@ -1,6 +1,5 @@
 """One request of a trace, and the one place where what it will really do is parted from what a client declares."""
 
-from itertools import chain
 from typing import Literal
 
 import msgspec
@@ -90,25 +89,13 @@ def refuse_more(row: int, arrival: Arrival, format_name: str, holds: frozenset[F
         )
 
 
-def block_hashes(arrival: Arrival, block_size: int) -> tuple[int, ...]:
-    """The ids of the prompt's full blocks of `block_size` tokens, as `Request.block_hashes` wants them.
-
-    Every trace block `h` holds `hash_block_tokens / block_size` engine blocks, named `h * that + i`. A block is shared
-    only when it is full, so a partial last block has no id. Built on each call: all of a trace's ids at once would be
-    millions of objects, those of the requests in flight are few.
-    """
-    if not arrival.prefix_hashes:
-        return ()
-    ratio, rest = divmod(arrival.hash_block_tokens, block_size)
-    if rest or ratio == 0:
+def refuse_block_size(arrival: Arrival, block_size: int) -> None:
+    """Raise `ConfigError` if an engine's blocks of `block_size` tokens do not divide the trace's prefix blocks."""
+    if arrival.hash_block_tokens % block_size:
         raise ConfigError(
             f"block_size {block_size} does not divide the trace's prefix blocks of {arrival.hash_block_tokens} tokens",
             hint=f"use a block size that divides {arrival.hash_block_tokens}, such as 16",
         )
-    num_full = min(arrival.num_prompt_tokens // block_size, len(arrival.prefix_hashes) * ratio)
-    last = -(-num_full // ratio)
-    spread = chain.from_iterable(range(h * ratio, h * ratio + ratio) for h in arrival.prefix_hashes[:last])
-    return tuple(spread)[:num_full]
 
 
 Declare = Literal["cap", "exact"]
@@ -136,6 +123,9 @@ def to_request(
     """
     declared = arrival.num_output_tokens if declare == "exact" else max_tokens
     declared = max(1, min(declared, max_model_len - arrival.num_prompt_tokens))
+    hashes = arrival.prefix_hashes if block_size is not None else ()
+    if hashes and block_size is not None:
+        refuse_block_size(arrival, block_size)
     request = Request(
         id=RequestId(request_id),
         arrived_at=Instant(origin + arrival.at) if arrived_at is None else arrived_at,
@@ -146,6 +136,7 @@ def to_request(
         program=None if arrival.program is None else ProgramId(arrival.program),
         session=arrival.session,
         slo=slo,
-        block_hashes=() if block_size is None else block_hashes(arrival, block_size),
+        block_hashes=hashes,
+        hash_block_tokens=arrival.hash_block_tokens if hashes else None,
     )
     return request, min(arrival.num_output_tokens, declared)

@@ -58,10 +58,7 @@ class PrefixThenLoad:
             limit = max(fewest + self._balance_absolute, fewest * self._balance_relative)
             candidates = [instance for instance in instances if instance.num_outstanding_requests <= limit]
             num_prompt_tokens = request.num_prompt_tokens
-            shares = [
-                min(1.0, instance.num_prefix_blocks(request) * instance.block_size / num_prompt_tokens)
-                for instance in candidates
-            ]
+            shares = [instance.num_prefix_tokens(request) / num_prompt_tokens for instance in candidates]
             longest = max(shares)
             if longest > 0.0 and longest >= self._match_min:
                 chosen = least_loaded(

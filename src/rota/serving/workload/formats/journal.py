@@ -234,7 +234,7 @@ class _Ledger:
             request.num_prompt_tokens,
             num_output_tokens,
             tuple(map(_number, request.block_hashes)),
-            self._block_tokens,
+            request.hash_block_tokens or self._block_tokens,
             session=request.session,
             tenant=request.tenant,
             priority=request.priority,
