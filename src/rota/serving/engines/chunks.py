@@ -11,21 +11,27 @@ _num_bytes_of: dict[bytes, int] = {}
 
 
 def are_whole_chunks(data: bytes) -> bool:
-    """Whether `data`, which begins where a chunk begins, is one or more whole chunks with data and nothing else.
+    """Whether `data` (not empty), which begins where a chunk begins, is one or more whole chunks with data and nothing else.
 
     False for whatever is unusual, so that a parser has to look: the last chunk, extensions, a chunk cut in two.
     """
-    if _num_bytes_of.get(data[:_PREFIX_BYTES]) == len(data):
-        return data.endswith(b"\r\n")
     at, end = 0, len(data)
+    if _num_bytes_of.get(data[:_PREFIX_BYTES]) == end:  # One chunk of a known size, most of the time.
+        return data.endswith(b"\r\n")
     while at < end:
-        head = _HEAD.match(data, at)  # `int` alone would take signs, blanks and underscores.
-        if head is None or (size := int(head[1], 16)) == 0:
-            return False
-        num_bytes = len(head[0]) + size + 2
-        if len(head[0]) <= _PREFIX_BYTES and len(_num_bytes_of) < _NUM_KNOWN_MAX:
-            _num_bytes_of[data[at : at + _PREFIX_BYTES]] = num_bytes
+        num_bytes = _num_bytes_of.get(data[at : at + _PREFIX_BYTES]) or _num_bytes_at(data, at)
         at += num_bytes
-        if not data.startswith(b"\r\n", at - 2):
+        if not num_bytes or not data.startswith(b"\r\n", at - 2):
             return False
-    return at == end
+    return True
+
+
+def _num_bytes_at(data: bytes, at: int) -> int:
+    """Length of the chunk that begins there; 0 if that is unusual."""
+    head = _HEAD.match(data, at)  # `int` alone would take signs, blanks and underscores.
+    if head is None or (size := int(head[1], 16)) == 0:
+        return 0
+    num_bytes = len(head[0]) + size + 2
+    if len(head[0]) <= _PREFIX_BYTES and len(_num_bytes_of) < _NUM_KNOWN_MAX:
+        _num_bytes_of[data[at : at + _PREFIX_BYTES]] = num_bytes
+    return num_bytes
