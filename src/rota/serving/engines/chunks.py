@@ -11,7 +11,7 @@ _num_bytes_of: dict[bytes, int] = {}
 
 
 def are_whole_chunks(data: bytes) -> bool:
-    """Whether `data` (not empty), which begins where a chunk begins, is one or more whole chunks with data and nothing else.
+    """Whether `data` (not empty), which begins where a chunk begins, is whole chunks with something in them, no more.
 
     False for whatever is unusual, so that a parser has to look: the last chunk, extensions, a chunk cut in two.
     """
