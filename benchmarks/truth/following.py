@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rota.base.errors import LawBroken
 from rota.base.instant import Instant
 from rota.base.journal import Header, Journal, Row, RowKind
 from rota.serving.assemble import CLUSTER
@@ -19,7 +18,6 @@ class StockVllm(Journal):
     told too, and what the machine orders must be what that scheduler decides: tokens of whom in which order, who is
     preempted, how many blocks are free.
 
-    A command that stands for several equal steps is taken apart: the scheduler must decide the same that many times.
     `first_difference` is where an instance and its scheduler parted; it is not followed from there on.
     """
 
@@ -66,8 +64,6 @@ class _Follower:
         self.num_waiting_max = 0
         self.num_free_blocks_min = spec.limits.num_blocks
         self.has_parted = False
-        self._order: RunStep | None = None
-        """The machine's, under way."""
         self._step_id = 0
         """The scheduler's own, under way."""
 
@@ -82,17 +78,11 @@ class _Follower:
         return self._compare(commands, decided)
 
     def _finish(self, event: StepFinished, at: Instant) -> Sequence[InstanceCommand] | str:
-        for step in range(1, event.num_steps):
-            again = self.vllm.handle(StepFinished(self._step_id), at)
-            if self._order is None or len(again) != 1 or not _same_batch(self._order, again[0]):
-                return f"step {step + 1} of {event.num_steps} equal ones: {self._order} became {again}"
-            self._take(again[0])
         # Who has its last token is the world's to say; vLLM adds those whose tokens are used up, and must add nobody.
         num_before = len(self.vllm.unfinished())
-        decided = self.vllm.handle(StepFinished(self._step_id, 1, event.finished), at)
-        if num_before - len(self.vllm.unfinished()) != len(event.finished):
-            return f"{num_before - len(self.vllm.unfinished())} ended in vLLM, {event.finished} here"
-        return decided
+        decided = self.vllm.handle(StepFinished(self._step_id, event.finished), at)
+        num_ended = num_before - len(self.vllm.unfinished())
+        return decided if num_ended == len(event.finished) else f"{num_ended} ended in vLLM, {event.finished} here"
 
     def _compare(self, commands: Sequence[InstanceCommand], decided: Sequence[InstanceCommand]) -> str | None:
         if [type(command) for command in commands] != [type(command) for command in decided]:
@@ -100,15 +90,12 @@ class _Follower:
         for own, stock in zip(commands, decided, strict=True):
             if not isinstance(own, RunStep) or not isinstance(stock, RunStep):
                 continue
-            if not _same_batch(own, stock) or _rest(own) != _rest(stock):
+            if _decision(own) != _decision(stock):
                 return self._part(_shown(own, stock))
-            self._order = own
             self._take(stock)
         return None
 
-    def _take(self, stock: InstanceCommand) -> None:
-        if not isinstance(stock, RunStep):
-            raise LawBroken(f"vLLM answered the end of a step with {stock}")
+    def _take(self, stock: RunStep) -> None:
         self._step_id = stock.step_id
         self.num_equal_steps += 1
         self.num_waiting_max = max(self.num_waiting_max, len(self.vllm.waiting))
@@ -119,12 +106,8 @@ class _Follower:
         return f"after {self.num_equal_steps:,} equal steps: {difference}"
 
 
-def _same_batch(own: RunStep, stock: InstanceCommand) -> bool:
-    return isinstance(stock, RunStep) and own.grants == stock.grants
-
-
-def _rest(step: RunStep) -> tuple[Any, ...]:
-    return step.preempted, step.num_free_blocks
+def _decision(step: RunStep) -> tuple[Any, ...]:
+    return step.grants, step.preempted, step.num_free_blocks
 
 
 def _shown(own: RunStep, stock: RunStep) -> str:
