@@ -1,5 +1,6 @@
 """Differences that are not there are not called real more often than stated; those that are there are found."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -84,6 +85,19 @@ def test_a_planted_difference_is_found_with_its_size_and_its_way(design: Design,
 def test_the_same_columns_are_identical() -> None:
     one = columns(noise_of(np.random.default_rng(1), 0.5))
     assert set(judged([Pair(one, one)], "windows", 0)) == {"identical"}
+
+
+def test_requests_are_paired_whenever_each_stack_saw_them() -> None:
+    """A call that waits for another comes later where that one took longer."""
+    noise = noise_of(np.random.default_rng(1), 0.5)
+    base, slow = columns(noise), columns(noise, factor=1.5)
+    later = dataclasses.replace(slow, arrived_at=slow.arrived_at[::-1] * 3)
+    stream = [RandomStreams(0).stream("bootstrap") for _ in range(2)]
+    found = [
+        differences({"x": [Pair(base, one)]}, "b", design="windows", has_slo=False, confidence=0.95, stream=each)
+        for one, each in zip((slow, later), stream, strict=True)
+    ]
+    assert found[0] == found[1]
 
 
 def test_too_few_requests_are_refused() -> None:

@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """One entry a request, in order of arrival. Latencies are in milliseconds, NaN where there is none."""
+    """One entry a request. Latencies are in milliseconds, NaN where there is none."""
 
     arrived_at: npt.NDArray[np.int64]
     """Nanoseconds."""
@@ -36,8 +36,9 @@ class Columns:
 
 
 def columns_of(records: Iterable[RequestRecord]) -> Columns:
-    """The records in any order, as columns in order of arrival; ties in order of id."""
-    ordered = sorted(records, key=lambda record: (record.arrived_at, len(record.id), record.id))
+    """The records in any order, as columns in order of id: of a trace that is the order of its rows, whatever became of
+    them, so that two runs of one trace can be laid side by side."""
+    ordered = sorted(records, key=lambda record: (len(record.id), record.id))
     return Columns(
         arrived_at=np.array([record.arrived_at for record in ordered], dtype=np.int64),
         priority=np.array([record.priority for record in ordered], dtype=np.int64),

@@ -96,9 +96,9 @@ _RATES_CAPTION = (
 
 def rates_figure(columns: Columns) -> Any:
     """Arrivals and goodput over time, in windows of equal length."""
-    at = columns.arrived_at - columns.arrived_at[0]
+    at = columns.arrived_at - columns.arrived_at.min()
     num_windows = max(1, min(NUM_WINDOWS, len(at) // 10))
-    window = (int(at[-1]) + 1) / num_windows / NANOSECONDS_PER_SECOND
+    window = (int(at.max()) + 1) / num_windows / NANOSECONDS_PER_SECOND
     index = (at / NANOSECONDS_PER_SECOND / window).astype(np.int64).clip(max=num_windows - 1)
     came = np.bincount(index, minlength=num_windows) / window
     met = np.bincount(index, columns.is_met, num_windows) / window

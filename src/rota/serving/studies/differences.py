@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rota.base.random_streams import Stream
-from rota.serving.metrics.columns import Columns, Floats, by_class
+from rota.serving.metrics.columns import Columns, Floats
 from rota.serving.studies.statistics import holm, t_quantile, t_two_sided
 
 NUM_BOOTSTRAPS = 500
@@ -87,7 +87,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pair(NamedTuple):
-    """The same arrivals through the baseline and through another stack."""
+    """The same arrivals through the baseline and through another stack; the same request in the same place of both."""
 
     baseline: Columns
     other: Columns
@@ -95,13 +95,13 @@ class Pair(NamedTuple):
 
 def questions(pairs: Sequence[Pair], *, has_slo: bool) -> list[tuple[str, Quantity]]:
     """The groups and quantities that these runs have enough requests to be asked about."""
-    groups = _groups(pairs[0].baseline)
     asked = []
-    for group, columns in groups.items():
-        if len(columns) < NUM_REQUESTS_MIN:
+    for group, chosen in _groups(pairs[0].baseline).items():
+        count = int(chosen.sum())
+        if count < NUM_REQUESTS_MIN:
             continue
         for quantity in (*LATENCIES, FINISHED, *((ATTAINMENT,) if has_slo else ())):
-            if quantity.percentile is None or len(columns) >= NUM_FOR_P99:
+            if quantity.percentile is None or count >= NUM_FOR_P99:
                 asked.append((group, quantity))
     return asked
 
@@ -183,13 +183,19 @@ def _judged(one: Difference, p_adjusted: float, level: float) -> Difference:
 
 def _measured(pairs: Sequence[Pair], group: str, quantity: Quantity) -> Floats:
     """One row a repeat: the baseline's value and the other's."""
-    rows = [[quantity.of(_groups(one).get(group, one.where(one.priority != one.priority))) for one in p] for p in pairs]
+    rows = []
+    for pair in pairs:
+        nobody = np.zeros(len(pair.baseline), dtype=np.bool_)
+        chosen = _groups(pair.baseline).get(group, nobody)
+        rows.append([quantity.of(one.where(chosen)) for one in pair])
     return np.array(rows, dtype=np.float64)
 
 
-def _groups(columns: Columns) -> dict[str, Columns]:
-    classes = by_class(columns)
-    return {"all": columns, **(classes if len(classes) > 1 else {})}
+def _groups(columns: Columns) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which requests belong to each group; all of them, and each class where there is more than one."""
+    classes = np.unique(columns.priority).tolist()
+    groups = {"all": np.ones(len(columns), dtype=np.bool_)}
+    return groups | ({f"class {one}": columns.priority == one for one in classes} if len(classes) > 1 else {})
 
 
 def _spread(values: Floats) -> float:
@@ -222,10 +228,9 @@ class _Windows:
 
     def standard_error(self, group: str, quantity: Quantity) -> float:
         """Of the difference, over the bootstraps."""
-        drawn = []
-        for columns in self._pair:
-            chosen = _groups(columns)[group]
-            drawn.append(self._drawn(_values(chosen, quantity.column), self._index(chosen), quantity.percentile))
+        chosen = _groups(self._pair.baseline)[group]
+        index = self._index()[chosen]
+        drawn = [self._drawn(_values(one, quantity.column)[chosen], index, quantity.percentile) for one in self._pair]
         deltas = drawn[1] - drawn[0]
         deltas = deltas[~np.isnan(deltas)]
         # A bootstrap's spread is that of n values around their mean; the factor makes it one of n - 1.
@@ -249,14 +254,15 @@ class _Windows:
                 found[number] = values[np.searchsorted(below, percentile / 100 * below[-1])]
         return found
 
-    def _index(self, columns: Columns) -> npt.NDArray[np.int64]:
-        at = self._pair.baseline.arrived_at
-        span = max(1, int(at[-1] - at[0]) + 1)
-        return (columns.arrived_at - at[0]) * self.num_windows // span
+    def _index(self) -> npt.NDArray[np.int64]:
+        """The window of each request, by when the baseline saw it; a call that waits for another may come at another
+        moment in another stack, and is still the same request."""
+        at = self._pair.baseline.arrived_at - self._pair.baseline.arrived_at.min()
+        return at * self.num_windows // (int(at.max()) + 1)
 
     def _is_correlated(self) -> bool:
         """Whether neighbouring windows' differences hang together more than chance lets them, at a level of 5 %."""
-        index = self._index(self._pair.baseline)
+        index = self._index()
         for name in ("ttft", "e2e"):
             values = np.nan_to_num(_values(self._pair.other, name) - _values(self._pair.baseline, name))
             centred = np.bincount(index, values - values.mean(), self.num_windows)

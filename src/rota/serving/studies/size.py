@@ -204,7 +204,7 @@ class _Search:
             num_instances=config.num_instances,
             seed=config.seed,
             load=load,
-            offered_rps=per_second(len(at) - 1, int(at[-1] - at[0])) if len(at) else None,
+            offered_rps=per_second(len(at) - 1, int(at.max() - at.min())) if len(at) else None,
             goodput_rps=summary.goodput_rps,
             slo_attainment=attainment,
             ttft_p99_ms=summary.ttft_ms.p99,
