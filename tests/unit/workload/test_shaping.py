@@ -137,3 +137,15 @@ def test_regrouped_prefixes_never_share_more_than_before() -> None:
     hits = [[cache.take(row) for row in each] for cache, each in zip(caches, (rows, fitted), strict=True)]
     assert hits == [[0, 640, 0, 1024], [0, 512, 0, 1024]]
     assert conversion.losses["prefixes within blocks of 512 tokens"] == 0
+
+
+def test_blocks_that_do_not_end_where_others_do_share_nothing_rather_than_too_much() -> None:
+    first = tuple(range(40))
+    rows = [
+        Arrival(Duration(0), 1600, 1, first, 48),
+        Arrival(Duration(0), 1600, 1, first[:10] + tuple(range(100, 130)), 48),
+    ]
+    before, after = fitted = list(Conversion("mooncake", frozenset({"prefixes"}), is_lossy=True).fitted(rows))
+    # 10 blocks of 48 tokens are shared, less than one of 512; whether two such prompts share it cannot be told.
+    assert not set(before.prefix_hashes) & set(after.prefix_hashes)
+    assert all(len(row.prefix_hashes) == 4 for row in fitted)
