@@ -50,6 +50,9 @@ def simulate(
     journal: Annotated[
         Path | None, typer.Option(help="Write every event and decision; for replay and explain.")
     ] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Write a row for each request to a Parquet file, while the run goes on.")
+    ] = None,
     digest: Annotated[bool, typer.Option(help="Hash the journal even if it is not written.")] = True,
     json: Json = False,
 ) -> None:
@@ -73,16 +76,18 @@ def simulate(
         engine=engine.value,
         limits=None if engine_settings is None else _limits(profile, engine_settings),
     )
-    for flag, path in (("--report", report), ("--journal", journal)):
-        if path is not None:
-            with writing(flag, path):
-                path.open("ab").close()
+    _refuse_unwritable({"--report": report, "--journal": journal, "--records": records})
     with Progress("simulating", total=_num_requests(trace, num_requests), unit="requests") as progress:
-        result = run(config, journal_path=journal, with_digest=digest, on_progress=progress.reached)
+        result = run(
+            config,
+            journal_path=journal,
+            records_path=records,
+            with_digest=digest,
+            keep_records=report is not None,
+            on_progress=progress.reached,
+        )
     summary = result.summary
-    for difference in result.limit_differences:
-        what = "step times of other batches are a guess" if engine_settings is None else "the engine's own is used"
-        warn(f"{difference}; {what}")
+    _warn_of_limits(result.limit_differences, is_given=engine_settings is not None)
     if report is not None:
         with writing("--report", report):
             _write_report(report, config, result)
@@ -93,6 +98,20 @@ def simulate(
         _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
+
+
+def _refuse_unwritable(outputs: dict[str, Path | None]) -> None:
+    """Before the work, not after it."""
+    for flag, path in outputs.items():
+        if path is not None:
+            with writing(flag, path):
+                path.open("ab").close()
+
+
+def _warn_of_limits(differences: tuple[str, ...], *, is_given: bool) -> None:
+    what = "the engine's own is used" if is_given else "step times of other batches are a guess"
+    for difference in differences:
+        warn(f"{difference}; {what}")
 
 
 def _num_requests(trace: Path, num_requests: int | None) -> int | None:

@@ -1,6 +1,5 @@
 """A run in one object, as `--json` prints it: in all, by class and by tenant."""
 
-from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,11 +9,11 @@ from rota.base.instant import NANOSECONDS_PER_SECOND
 from rota.serving.metrics.definitions import (
     Distribution,
     RequestRecord,
-    distribution_ms,
     per_second,
     prefix_hit_rate,
     slo_attainment,
 )
+from rota.serving.metrics.latencies import Latencies
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,21 +85,24 @@ class Summary(GroupSummary, frozen=True, kw_only=True):
 
 
 class _Group:
-    """Counts of one set of requests, and 8 bytes a request for each latency, so that percentiles are exact."""
+    """Counts and latencies of one set of requests."""
 
     def __init__(self) -> None:
         self.counts = {"finished": 0, "rejected": 0, "failed": 0, "aborted": 0}
         self.num_met = 0
         self.num_output_tokens = 0
-        self.ttft, self.tpot, self.e2e = array("q"), array("q"), array("q")
+        self.ttft, self.tpot, self.e2e = Latencies(), Latencies(), Latencies()
 
-    def add(self, record: RequestRecord) -> None:
+    def add(self, record: RequestRecord, ttft: int | None, tpot: int | None, e2e: int | None, *, is_met: bool) -> None:
         self.counts[record.status] += 1
-        self.num_met += record.meets_slo
+        self.num_met += is_met
         self.num_output_tokens += record.num_output_tokens
-        for values, value in ((self.ttft, record.ttft), (self.tpot, record.tpot), (self.e2e, record.e2e)):
-            if value is not None:
-                values.append(value)
+        if ttft is not None:
+            self.ttft.add(ttft)
+        if tpot is not None:
+            self.tpot.add(tpot)
+        if e2e is not None:
+            self.e2e.add(e2e)
 
     def summary(self, span: int) -> GroupSummary:
         num_requests = sum(self.counts.values())
@@ -110,49 +112,73 @@ class _Group:
             num_rejected=self.counts["rejected"],
             num_failed=self.counts["failed"],
             num_aborted=self.counts["aborted"],
-            ttft_ms=distribution_ms(self.ttft),
-            tpot_ms=distribution_ms(self.tpot),
-            e2e_ms=distribution_ms(self.e2e),
+            ttft_ms=self.ttft.distribution_ms(),
+            tpot_ms=self.tpot.distribution_ms(),
+            e2e_ms=self.e2e.distribution_ms(),
             goodput_rps=per_second(self.num_met, span),
             slo_attainment=slo_attainment(self.num_met, num_requests),
             output_tokens_per_second=per_second(self.num_output_tokens, span),
         )
 
 
-def summarize(records: Iterable[RequestRecord], facts: RunFacts) -> Summary:
-    """The summary of a run, in one pass over its records in any order.
+class Tally:
+    """A summary in the making: takes records in any order, and keeps no more of a long run than of a short one (see
+    `Latencies`).
 
     Rates of classes and tenants are over the span of the whole run, so that they add up.
     """
-    total = _Group()
-    classes: dict[int, _Group] = {}
-    tenants: dict[str, _Group] = {}
-    begins: int | None = None
-    ends = 0
+
+    def __init__(self) -> None:
+        self._total = _Group()
+        self._classes: dict[int, _Group] = {}
+        self._tenants: dict[str, _Group] = {}
+        self._begins: int | None = None
+        self._ends = 0
+
+    def add(self, record: RequestRecord) -> None:
+        """Take the record of one request that has ended."""
+        priority, tenant = record.priority, record.tenant
+        of_class, of_tenant = self._classes.get(priority), self._tenants.get(tenant)
+        if of_class is None:
+            of_class = self._classes[priority] = _Group()
+        if of_tenant is None:
+            of_tenant = self._tenants[tenant] = _Group()
+        ttft, tpot, e2e, is_met = record.ttft, record.tpot, record.e2e, record.meets_slo
+        for group in (self._total, of_class, of_tenant):
+            group.add(record, ttft, tpot, e2e, is_met=is_met)
+        if self._begins is None or record.arrived_at < self._begins:
+            self._begins = record.arrived_at
+        if record.finished_at > self._ends:
+            self._ends = record.finished_at
+
+    def summary(self, facts: RunFacts) -> Summary:
+        """What it comes to."""
+        span = 0 if self._begins is None else self._ends - self._begins
+        by_class = [(priority, self._classes[priority].summary(span)) for priority in sorted(self._classes)]
+        by_tenant = [(tenant, self._tenants[tenant].summary(span)) for tenant in sorted(self._tenants)]
+        return Summary(
+            **_fields(self._total.summary(span)),
+            span_seconds=span / NANOSECONDS_PER_SECOND,
+            num_preemptions=facts.num_preemptions,
+            prefix_hit_rate=prefix_hit_rate(facts.num_cached_tokens, facts.num_queried_tokens),
+            num_steps=facts.num_steps,
+            cpu_seconds=facts.cpu_seconds,
+            peak_rss_mb=facts.peak_rss_mb,
+            seed=facts.seed,
+            config_hash=facts.config_hash,
+            journal_digest=facts.journal_digest,
+            version=facts.version,
+            by_class=tuple(ClassSummary(priority=priority, **_fields(group)) for priority, group in by_class),
+            by_tenant=tuple(TenantSummary(tenant=tenant, **_fields(group)) for tenant, group in by_tenant),
+        )
+
+
+def summarize(records: Iterable[RequestRecord], facts: RunFacts) -> Summary:
+    """The summary of a run, in one pass over its records in any order."""
+    tally = Tally()
     for record in records:
-        total.add(record)
-        classes.setdefault(record.priority, _Group()).add(record)
-        tenants.setdefault(record.tenant, _Group()).add(record)
-        begins = record.arrived_at if begins is None else min(begins, record.arrived_at)
-        ends = max(ends, record.finished_at)
-    span = 0 if begins is None else ends - begins
-    by_class = [(priority, classes[priority].summary(span)) for priority in sorted(classes)]
-    by_tenant = [(tenant, tenants[tenant].summary(span)) for tenant in sorted(tenants)]
-    return Summary(
-        **_fields(total.summary(span)),
-        span_seconds=span / NANOSECONDS_PER_SECOND,
-        num_preemptions=facts.num_preemptions,
-        prefix_hit_rate=prefix_hit_rate(facts.num_cached_tokens, facts.num_queried_tokens),
-        num_steps=facts.num_steps,
-        cpu_seconds=facts.cpu_seconds,
-        peak_rss_mb=facts.peak_rss_mb,
-        seed=facts.seed,
-        config_hash=facts.config_hash,
-        journal_digest=facts.journal_digest,
-        version=facts.version,
-        by_class=tuple(ClassSummary(priority=priority, **_fields(group)) for priority, group in by_class),
-        by_tenant=tuple(TenantSummary(tenant=tenant, **_fields(group)) for tenant, group in by_tenant),
-    )
+        tally.add(record)
+    return tally.summary(facts)
 
 
 def _fields(group: GroupSummary) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class SimulatedCluster:
     """A router's machine and its instances in virtual time.
 
     `arrivals` are pulled one at a time, each with its true output length, in order of arrival; the origin of their
-    `arrived_at` is `options.start`. The records of ended requests are in `records`, in order of their end.
+    `arrived_at` is `options.start`. The records of ended requests are in `records`, in order of their end, unless
+    `on_record` takes them.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SimulatedCluster:
         engine: EngineKind = "model",
         on_ended: Callable[[int, Instant], None] | None = None,
         followers: Followers | None = None,
+        on_record: Callable[[RequestRecord], None] | None = None,
     ) -> None:
         """`followers` says which requests come because one has ended, beside those of `arrivals`. `on_ended(number of
         requests ended, now)` is called now and then, for progress. Raises `ConfigError` for a fault at an unknown
@@ -99,6 +101,8 @@ class SimulatedCluster:
         self._incarnations = dict.fromkeys(self._specs, 0)
         self.sampler = Sampler(tuple(self._specs))
         self._on_ended = on_ended
+        self._on_record = self.records.append if on_record is None else on_record
+        self._num_ended = 0
         self._followers = followers
         self._faults = faults
         self.loop.add_machine(CLUSTER, build_cluster(config.stack, config.seed), self._carry_out)
@@ -194,7 +198,8 @@ class SimulatedCluster:
         if first_token_at is not None:
             first_token_at = after(first_token_at, self._options.front_end)
             at = after(at, self._options.front_end)
-        self.records.append(
+        self._num_ended += 1
+        self._on_record(
             RequestRecord(
                 id=request_id,
                 tenant=request.tenant,
@@ -215,8 +220,8 @@ class SimulatedCluster:
         if self._followers is not None:
             for follower, num_tokens in self._followers(request_id, at):
                 self._schedule_arrival(follower, num_tokens, is_open=False)
-        if self._on_ended is not None and len(self.records) % 256 == 0:
-            self._on_ended(len(self.records), at)
+        if self._on_ended is not None and self._num_ended % 256 == 0:
+            self._on_ended(self._num_ended, at)
 
     # --- instances ---------------------------------------------------------------------------------------------------
 

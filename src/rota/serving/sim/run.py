@@ -3,6 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from rota.base.journal import Journal
 from rota.base.random_streams import RandomStreams
 from rota.serving.assemble import SystemConfig, header_of
 from rota.serving.metrics.definitions import RequestRecord, Samples
-from rota.serving.metrics.summary import RunFacts, Summary, summarize
+from rota.serving.metrics.records_file import RecordsFile
+from rota.serving.metrics.summary import RunFacts, Summary, Tally
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.model.request import SLO, Request
 from rota.serving.predictors.step_time.profiles import load_profile
@@ -118,17 +120,29 @@ def simulate(
     config: SimulationConfig,
     *,
     journal_path: Path | None = None,
+    records_path: Path | None = None,
     with_digest: bool = True,
+    keep_records: bool = True,
     on_progress: Callable[[int], None] | None = None,
 ) -> SimulationResult:
     """Play a trace through a stack. The journal goes to `journal_path`, if given; its digest is part of the summary
-    unless `with_digest` is off, which saves encoding every row. `on_progress` is told the number of requests ended."""
+    unless `with_digest` is off, which saves encoding every row. The records stream into `records_path`, if given (see
+    `RecordsFile`); with `keep_records` off they are nowhere else, and memory is what requests in flight take, however
+    long the trace. `on_progress` is told the number of requests ended."""
     began = time.process_time()
     system = system_config(config)
     profile = load_profile(config.profile)
     header = header_of(system)
     journal = Journal(header, path=journal_path) if with_digest or journal_path is not None else None
     flow = arrival_flow(config)
+    tally = Tally()
+    records: list[RequestRecord] = []
+    sinks = [tally.add, *([records.append] if keep_records else [])]
+
+    def take_in(record: RequestRecord) -> None:
+        for sink in sinks:
+            sink(record)
+
     cluster = SimulatedCluster(
         system,
         flow,
@@ -138,12 +152,14 @@ def simulate(
         engine=config.engine,
         on_ended=None if on_progress is None else lambda num_ended, _: on_progress(num_ended),
         followers=flow.ended,
+        on_record=take_in,
     )
-    try:
-        cluster.run()
-    finally:
+    with ExitStack() as open_files:
         if journal is not None:
-            journal.close()
+            open_files.enter_context(journal)
+        if records_path is not None:
+            sinks.append(open_files.enter_context(RecordsFile(records_path)).add)
+        cluster.run()
     statistics = [machine.statistics() for machine in cluster.machines()]
     facts = RunFacts(
         num_steps=sum(one.num_steps for one in statistics),
@@ -157,7 +173,7 @@ def simulate(
         journal_digest=None if journal is None else journal.digest,
         version=__version__,
     )
-    summary = summarize(cluster.records, facts)
+    summary = tally.summary(facts)
     # All instances have the same limits.
     differences = profile.capacity_differences(system.instances[0].limits)
-    return SimulationResult(summary, cluster.records, cluster.sampler.series, system, tuple(differences))
+    return SimulationResult(summary, records, cluster.sampler.series, system, tuple(differences))

@@ -3,6 +3,7 @@
 In such a run the same sequences compute one token each, so every step has `num_decodes` tokens of context more.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from rota.serving.api import StepTimePredictor
@@ -40,8 +41,9 @@ class SkewPredictor(Protocol):
 
 def decode_run(predictor: StepTimePredictor, num_decodes: int, decode_kv_tokens: int, num_steps: int) -> list[int]:
     """The times of a run of decode-only steps, from the predictor's own `decode_run` or else step by step."""
-    if isinstance(predictor, DecodeRunPredictor):
-        return predictor.decode_run(num_decodes, decode_kv_tokens, num_steps)
+    own: Callable[[int, int, int], list[int]] | None = getattr(predictor, "decode_run", None)
+    if own is not None:
+        return own(num_decodes, decode_kv_tokens, num_steps)
     return [
         predictor.step_time(
             prefills=(), num_decodes=num_decodes, decode_kv_tokens=decode_kv_tokens + step * num_decodes
