@@ -80,9 +80,26 @@ def cut(table: pa.Table, path: Path) -> None:
             ),
             f":2:{COLUMNS.index('id') + 1}: id: 'a' is the id of a row before",
         ),
+        (
+            lambda t, p: pq.write_table(
+                t.set_column(3, "prefix_hashes", pa.array([[1], [1, None], [1]], pa.list_(pa.uint64()))), p
+            ),
+            ":2:4: prefix_hashes: a value is missing",
+        ),
         (lambda t, p: pq.write_table(t.slice(0, 0), p), ":1:1: no rows"),
     ],
-    ids=["cut", "another table", "a column less", "a column more", "a type", "a hole", "negative", "ids", "empty"],
+    ids=[
+        "cut",
+        "another table",
+        "a column less",
+        "a column more",
+        "a type",
+        "a hole",
+        "negative",
+        "ids",
+        "a hole in a list",
+        "empty",
+    ],
 )
 def test_what_is_not_right_is_named(tmp_path: Path, change: object, expected: str) -> None:
     path = tmp_path / "trace"
