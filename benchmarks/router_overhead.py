@@ -305,7 +305,7 @@ def start_subjects(arguments: argparse.Namespace, ports: list[int], core: int, l
             command = [arguments.peer, "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
             command += ["--prometheus-port", str(free_port()), "--log-level", "error", "--worker-urls", *urls]
             subjects[f"vllm_router_{policy}"] = (port, spawn(core, command, log))
-            wait_for(port, 30)
+            wait_for(port, 180)
     return subjects
 
 
