@@ -92,10 +92,7 @@ def simulate(
         with writing("--report", report):
             _write_report(report, config, result)
         say(f"report: {report}")
-    if json:
-        print_json(summary)
-    else:
-        _print(summary)
+    print_json(summary) if json else _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
 
