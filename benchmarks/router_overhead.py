@@ -265,9 +265,9 @@ def ports_from(process: subprocess.Popen[bytes], what: str) -> list[int]:
     return ports
 
 
-def wait_for(port: int, seconds: float) -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as trial:
             if trial.connect_ex(("127.0.0.1", port)) == 0:
                 time.sleep(2.0)  # listening is not yet ready
@@ -291,8 +291,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def start_subjects(arguments: argparse.Namespace, ports: list[int], core: int, log: Any) -> dict[str, tuple[int, Any]]:
-    subjects: dict[str, tuple[int, Any]] = {"direct": (ports[0], None)}
+def start_subjects(
+    subjects: dict[str, tuple[int, Any]], arguments: argparse.Namespace, ports: list[int], core: int, log: Any
+) -> None:
+    """Enters each into `subjects` as soon as it runs, so that it is stopped also if a later one does not start."""
+    subjects["direct"] = (ports[0], None)
     me = [sys.executable, __file__, "--serve", json.dumps(ports)]
     journal = arguments.scratch + "/journal.jsonl"
     for name, extra in (("byte_pipe", ["--pipe"]), ("rota", []), ("rota_with_journal", ["--journal", journal])):
@@ -304,9 +307,9 @@ def start_subjects(arguments: argparse.Namespace, ports: list[int], core: int, l
             urls = [f"http://127.0.0.1:{port}" for port in ports]
             command = [arguments.peer, "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
             command += ["--prometheus-port", str(free_port()), "--log-level", "error", "--worker-urls", *urls]
-            subjects[f"vllm_router_{policy}"] = (port, spawn(core, command, log))
-            wait_for(port, 180)
-    return subjects
+            process = spawn(core, command, log)
+            subjects[f"vllm_router_{policy}"] = (port, process)
+            wait_for(port, process, 180)
 
 
 async def run(arguments: argparse.Namespace, subjects: dict[str, tuple[int, Any]]) -> dict[str, Any]:
@@ -383,7 +386,7 @@ def main() -> None:
         mocks = spawn(other_core, [sys.executable, __file__, "--mock", "2"], log)
         subjects: dict[str, tuple[int, Any]] = {}
         try:
-            subjects = start_subjects(arguments, ports_from(mocks, "the mock engines"), router_core, log)
+            start_subjects(subjects, arguments, ports_from(mocks, "the mock engines"), router_core, log)
             os.sched_setaffinity(0, {other_core})
             results = uvloop.run(run(arguments, subjects))
         finally:
