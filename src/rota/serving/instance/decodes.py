@@ -81,7 +81,7 @@ class DecodeGroup(Rounds):
     def __init__(self, block_size: int) -> None:
         super().__init__()
         self._block_size = block_size
-        self._by_phase: list[list[Paced]] = [[] for _ in range(block_size)]
+        self._by_phase: dict[int, list[Paced]] = {}
         """Those whose next block is due when the number of planned steps has this remainder."""
         self.num_members = 0
         self._sum_computed = 0
@@ -94,48 +94,51 @@ class DecodeGroup(Rounds):
     def join(self, sequence: Paced) -> None:
         """Take in a sequence that lacks one token."""
         sequence.go_along(self)
-        self._by_phase[self._phase(sequence)].append(sequence)
+        self._by_phase.setdefault(self._phase(sequence), []).append(sequence)
         self.num_members += 1
         self._sum_computed += sequence._computed
 
     def leave(self, sequence: Paced) -> None:
         """Let a member go; it counts by itself again."""
-        self._by_phase[self._phase(sequence)].remove(sequence)
+        phase = self._phase(sequence)
+        members = self._by_phase[phase]
+        members.remove(sequence)
+        if not members:
+            del self._by_phase[phase]
         self.num_members -= 1
         self._sum_computed -= sequence._computed
         sequence.go_along(STILL)
 
     def dissolve(self) -> None:
         """Let everybody go."""
-        for members in self._by_phase:
+        for members in self._by_phase.values():
             for sequence in members:
                 sequence.go_along(STILL)
-            members.clear()
+        self._by_phase.clear()
         self.num_members = 0
         self._sum_computed = 0
 
     def num_blocks_due(self) -> int:
         """New blocks that the next step needs."""
-        return len(self._by_phase[(self.num_planned + 1) % self._block_size])
+        return len(self._by_phase.get((self.num_planned + 1) % self._block_size, ()))
 
     def num_steps_within(self, num_blocks: int) -> int:
         """For how many more steps so many new blocks suffice; 0 for an empty group."""
         if not self.num_members:
             return 0
+        # In as many steps as a block has tokens everybody takes one; in the last such round they take them in turn.
         whole, left = divmod(num_blocks, self.num_members)
         num_steps = whole * self._block_size
-        phase = self.num_planned % self._block_size
-        while True:
-            phase = (phase + 1) % self._block_size
+        for distance, phase in self._in_turn():
             left -= len(self._by_phase[phase])
             if left < 0:
-                return num_steps
-            num_steps += 1
+                return num_steps + distance
+        return num_steps
 
     def plan(self) -> None:
         """One more step is planned. The caller has taken the blocks that were due."""
         self.num_planned = planned = self.num_planned + 1
-        for sequence in self._by_phase[planned % self._block_size]:
+        for sequence in self._by_phase.get(planned % self._block_size, ()):
             sequence.num_blocks += 1
 
     def finish(self) -> None:
@@ -144,18 +147,23 @@ class DecodeGroup(Rounds):
 
     def leap(self, num_steps: int) -> int:
         """Finish and plan as many steps, all at once; returns the blocks that they take."""
-        first = self.num_planned + 1
-        self.num_planned += num_steps
-        self.num_finished += num_steps
         num_blocks = 0
         whole, rest = divmod(num_steps, self._block_size)
-        for phase, members in enumerate(self._by_phase):
-            num_new = whole + ((phase - first) % self._block_size < rest)
-            if num_new and members:
+        for distance, phase in self._in_turn():
+            num_new = whole + (distance < rest)
+            if num_new:
+                members = self._by_phase[phase]
                 num_blocks += num_new * len(members)
                 for sequence in members:
                     sequence.num_blocks += num_new
+        self.num_planned += num_steps
+        self.num_finished += num_steps
         return num_blocks
+
+    def _in_turn(self) -> list[tuple[int, int]]:
+        """The phases that have members, each with how many steps come before the one that is due."""
+        first, block_size = self.num_planned + 1, self._block_size
+        return sorted([((phase - first) % block_size, phase) for phase in self._by_phase])
 
     def _phase(self, sequence: Paced) -> int:
         # With c computed tokens after step p, the step that plans token c + 1 takes a block if c is a whole number of
