@@ -34,7 +34,7 @@ test: check ## Everything CI runs: `check`, then the slow and the live tests
 	$(BIN)/pytest -q -m "live or slow"
 
 truth: $(INSTALLED) ## What the simulator says beside what is true, with errors and bounds; fails where a bound is missed
-	$(BIN)/python -m benchmarks.truth
+	$(BIN)/python -m benchmarks.truth $(TRUTH)
 
 bench: $(INSTALLED) ## Speed, beside peers where PEER_PYTHON names a Python that has them; results as JSON
 	$(BIN)/python -m benchmarks.peers $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))

@@ -16,7 +16,7 @@ SHOWN = compared("theory", "a queue [1]", "mean wait", "s", truth=2.0, rota=20.0
 
 
 def table(monkeypatch, capsys, *rows_or_error, options=("--only", "theory")):
-    def rows(group):
+    def rows(group, cut):
         for row in rows_or_error:
             if isinstance(row, Exception):
                 raise row
