@@ -20,6 +20,8 @@ from rota.serving.api import (
     RequestId,
     SequenceView,
 )
+from rota.serving.model.instance import InstanceLimits
+from rota.serving.model.request import Request
 from rota.serving.policies.batch.prefill_first import PrefillFirst
 from rota.serving.policies.batch.stall_free_chunks import StallFreeChunks
 from rota.serving.policies.batch.vllm_default import VllmDefault
@@ -27,6 +29,7 @@ from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.stack import EnginePolicies
 from rota.testing.worlds import (
+    Job,
     Workload,
     check_requires,
     check_same_commands,
@@ -74,10 +77,22 @@ def check_order_policy(factory: Callable[[], OrderPolicy], *, max_examples: int 
         check_same_rows(played, play(workload, policies(), leap=False), "law 15: a run that asks only about changes")
         check_same_rows(played, play(workload, policies()), "law 15: a run that leaps over equal steps")
 
+    keeps_the_contract(long_prompt_above_decodes(), VllmDefault, RecomputeLowest)
     for seed, (batch, memory) in enumerate(product(BATCHES, MEMORIES)):
         keeps_the_contract(seeded_workload(seed), batch, memory)
     some = given(workload=workloads(), batch=st.sampled_from(BATCHES), memory=st.sampled_from(MEMORIES))
     settings(max_examples=max_examples, deadline=None, report_multiple_bugs=False)(some(keeps_the_contract))()
+
+
+def long_prompt_above_decodes() -> Workload:
+    """A prompt of a higher class that fills several steps, beside a sequence of a lower class that decodes: who of the
+    two is served first decides whether the other is served at all."""
+    requests = (
+        Request(RequestId("r0"), Instant(0), 4, 40, priority=1),
+        Request(RequestId("r1"), Instant(2_000_000), 100, 5, priority=0),
+    )
+    limits = InstanceLimits(num_blocks=40, block_size=4, max_num_batched_tokens=24)
+    return Workload(limits, tuple(Job(request, request.max_tokens) for request in requests))
 
 
 def _check_stated(policy: OrderPolicy) -> None:
