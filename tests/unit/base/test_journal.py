@@ -153,8 +153,8 @@ SPOILERS = [
     (lambda lines: lines.__setitem__(0, b"a,b,c\n"), ":1: not the header of a journal", None),
     (lambda lines: lines.clear(), ":1: not the header of a journal", None),
     (
-        lambda lines: lines.__setitem__(0, lines[0].replace(b'"version":1', b'"version":2')),
-        "version 2, not",
+        lambda lines: lines.__setitem__(0, lines[0].replace(b'"version":2', b'"version":9')),
+        "version 9, not",
         "written by",
     ),
 ]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -70,10 +71,18 @@ def test_a_server_that_does_not_count_is_told(server: StubServer) -> None:
 
 def test_an_interrupt_prints_what_was_measured() -> None:
     with StubServer(delay_seconds=0.05) as server:
-        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+
+        def interrupt() -> None:
+            # By the clock it would come before the first answer on a busy machine.
+            give_up_at = time.monotonic() + 60
+            while len(server.heard) < 40 and time.monotonic() < give_up_at:
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
         ran = rota("bench", server.url, "--rate", 20, "--num-requests", 100_000, "--json")
-        timer.join()
+        thread.join()
     told = json.loads(ran.stdout)
     assert ran.code == 130
     assert told["is_interrupted"] is True
