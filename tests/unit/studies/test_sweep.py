@@ -227,7 +227,7 @@ def test_too_many_combinations_are_refused() -> None:
 
 def started(folder: Path) -> subprocess.Popen:
     """A sweep of many longer runs, of which a few have ended."""
-    (folder / "workload.toml").write_text(WORKLOAD.replace("60", "400", 1))
+    (folder / "workload.toml").write_text(WORKLOAD.replace("60", "4000", 1))
     (folder / "sweep.toml").write_text('[base]\ntrace = "workload.toml"\n[vary]\nseed = ' + str(list(range(40))))
     command = [sys.executable, "-m", "rota.cli.main", "sweep", "sweep.toml", "--jobs", "2", "--out", "out.parquet"]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
