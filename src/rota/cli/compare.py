@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rota.base.errors import ConfigError
-from rota.cli.flags import Jobs, Json, Seed, at_least, between, positive, writing
+from rota.cli.flags import Jobs, Json, Seed, at_least, between, positive, refuse_unwritable, writing
 from rota.cli.output import Progress, print_json, print_table, say
 from rota.cli.targets import slo_of
 
@@ -58,9 +58,7 @@ def compare(
         slo=slo_of("--slo", slo),
     )
     named = dict(zip(_names(stacks), (load_stack(None if s == "default" else s) for s in stacks), strict=True))
-    if report is not None:
-        with writing("--report", report):
-            report.open("ab").close()
+    refuse_unwritable("--report", report)
     with Progress("comparing", total=None, unit="runs") as progress, LocalRunner(jobs) as runner:
         comparison, observed = run(
             named,

@@ -53,3 +53,10 @@ def writing(flag: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{flag}: {path} cannot be written: {error.strerror or error}") from None
+
+
+def refuse_unwritable(flag: str, path: Path | None) -> None:
+    """Before the work, not after it: an error that names the flag, where its file cannot be written."""
+    if path is not None:
+        with writing(flag, path):
+            path.open("ab").close()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rota.cli.flags import Json, Seed, at_least, positive, writing
+from rota.cli.flags import Json, Seed, at_least, positive, refuse_unwritable, writing
 from rota.cli.output import Progress, print_json, print_table, say, warn
 from rota.cli.targets import slo_of
 
@@ -76,7 +76,8 @@ def simulate(
         engine=engine.value,
         limits=None if engine_settings is None else _limits(profile, engine_settings),
     )
-    _refuse_unwritable({"--report": report, "--journal": journal, "--records": records})
+    for flag, path in {"--report": report, "--journal": journal, "--records": records}.items():
+        refuse_unwritable(flag, path)
     with Progress("simulating", total=_num_requests(trace, num_requests), unit="requests") as progress:
         result = run(
             config,
@@ -95,14 +96,6 @@ def simulate(
     print_json(summary) if json else _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
-
-
-def _refuse_unwritable(outputs: dict[str, Path | None]) -> None:
-    """Before the work, not after it."""
-    for flag, path in outputs.items():
-        if path is not None:
-            with writing(flag, path):
-                path.open("ab").close()
 
 
 def _warn_of_limits(differences: tuple[str, ...], *, is_given: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rota.base.errors import ConfigError
-from rota.cli.flags import Jobs, Json, Seed, at_least, positive, writing
+from rota.cli.flags import Jobs, Json, Seed, at_least, positive, refuse_unwritable, writing
 from rota.cli.output import Progress, print_json, print_lines, print_table, say
 from rota.cli.targets import promise_of
 
@@ -65,9 +65,7 @@ def size(
         num_check_seeds=at_least("--check-seeds", check_seeds, 1),
     )
     prices = _prices(price or [], profiles)
-    if report is not None:
-        with writing("--report", report):
-            report.open("ab").close()
+    refuse_unwritable("--report", report)
     with Progress("sizing", total=None, unit="runs") as progress, LocalRunner(jobs) as runner:
         sizing, observed = run(common, profiles, prices, options, runner, on_progress=progress.reached_of)
     if report is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rota.base.errors import ConfigError
-from rota.cli.flags import Jobs, Json, at_least, writing
+from rota.cli.flags import Jobs, Json, at_least, refuse_unwritable, writing
 from rota.cli.output import Progress, print_json, print_table, say, warn
 from rota.cli.targets import slo_of
 
@@ -53,9 +53,7 @@ def sweep(
     folder = spec.parent if spec is not None else Path()
     whole = _with_flags(given, set or [], vary or [], sample)
     runs = Runs(whole, folder, slo_of)
-    if report is not None:
-        with writing("--report", report):
-            report.open("ab").close()
+    refuse_unwritable("--report", report)
     with Progress("sweeping", total=len(runs.points), unit="runs") as progress, _runner(on, jobs) as runner:
         result, rows = run(runs, out, runner, by=best, on_progress=progress.reached_of)
     if report is not None:

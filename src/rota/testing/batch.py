@@ -25,12 +25,13 @@ from rota.serving.policies.batch.passes import fill
 from rota.serving.policies.order.fcfs import Fcfs
 from rota.serving.policies.order.strict_priority import StrictPriority
 from rota.serving.stack import EnginePolicies
-from rota.testing.order import MEMORIES, SHIFT
+from rota.testing.order import MEMORIES
 from rota.testing.worlds import (
     Workload,
     check_requires,
+    check_same_again,
     check_same_commands,
-    check_same_rows,
+    check_same_leaping,
     picture,
     play,
     refuse_writing,
@@ -70,14 +71,11 @@ def check_batch_policy(factory: Callable[[], BatchPolicy], *, max_examples: int 
         def policies() -> EnginePolicies:
             return EnginePolicies(order(), BatchSpy(factory()), memory())
 
-        played = play(workload, policies(), steady=False)
-        check_same_rows(played, play(workload, policies(), steady=False))
-        check_same_commands(played, play(workload, policies(), steady=False, start=SHIFT), "law 8: at another time")
+        played = check_same_again(workload, policies)
         if shape is not None:
             passed = play(workload, EnginePolicies(order(), OfShape(shape), memory()), steady=False)
             check_same_commands(played, passed, "the pass over the policy's shape composes another batch")
-        check_same_rows(played, play(workload, policies(), leap=False), "law 15: a run that asks only about changes")
-        check_same_rows(played, play(workload, policies()), "law 15: a run that leaps over equal steps")
+        check_same_leaping(played, workload, policies)
 
     for seed, (order, memory) in enumerate(product(ORDERS, MEMORIES)):
         keeps_the_contract(seeded_workload(seed), order, memory)

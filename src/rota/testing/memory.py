@@ -16,15 +16,14 @@ from rota.serving.policies.batch.vllm_default import VllmDefault
 from rota.serving.policies.order.strict_priority import StrictPriority
 from rota.serving.stack import EnginePolicies
 from rota.testing.batch import ORDERS
-from rota.testing.order import BATCHES, SHIFT
+from rota.testing.order import BATCHES
 from rota.testing.worlds import (
     Job,
     Workload,
     check_requires,
-    check_same_commands,
-    check_same_rows,
+    check_same_again,
+    check_same_leaping,
     picture,
-    play,
     refuse_writing,
     seeded_workload,
     workloads,
@@ -55,11 +54,7 @@ def check_memory_policy(factory: Callable[[], MemoryPolicy], *, max_examples: in
         def policies() -> EnginePolicies:
             return EnginePolicies(order(), batch(), MemorySpy(factory()))
 
-        played = play(workload, policies(), steady=False)
-        check_same_rows(played, play(workload, policies(), steady=False))
-        check_same_commands(played, play(workload, policies(), steady=False, start=SHIFT), "law 8: at another time")
-        check_same_rows(played, play(workload, policies(), leap=False), "law 15: a run that asks only about changes")
-        check_same_rows(played, play(workload, policies()), "law 15: a run that leaps over equal steps")
+        check_same_leaping(check_same_again(workload, policies), workload, policies)
 
     keeps_the_contract(two_that_do_not_fit(), StrictPriority, VllmDefault)
     for seed, (order, batch) in enumerate(product(ORDERS, BATCHES)):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rota.base.errors import LawBroken
-from rota.base.instant import Instant, seconds
+from rota.base.instant import Instant
 from rota.serving.api import (
     Capability,
     Cursor,
@@ -32,10 +32,9 @@ from rota.testing.worlds import (
     Job,
     Workload,
     check_requires,
-    check_same_commands,
-    check_same_rows,
+    check_same_again,
+    check_same_leaping,
     picture,
-    play,
     refuse_writing,
     seeded_workload,
     workloads,
@@ -43,7 +42,6 @@ from rota.testing.worlds import (
 
 BATCHES: tuple[Callable[[], Any], ...] = (VllmDefault, lambda: StallFreeChunks(chunk_size=8), PrefillFirst)
 MEMORIES: tuple[Callable[[], Any], ...] = (RecomputeLowest, RecomputeLast)
-SHIFT = Instant(seconds(987_654))
 
 
 def check_order_policy(factory: Callable[[], OrderPolicy], *, max_examples: int = 40) -> None:
@@ -71,11 +69,7 @@ def check_order_policy(factory: Callable[[], OrderPolicy], *, max_examples: int 
         def policies() -> EnginePolicies:
             return EnginePolicies(OrderSpy(factory()), batch(), memory())
 
-        played = play(workload, policies(), steady=False)
-        check_same_rows(played, play(workload, policies(), steady=False))
-        check_same_commands(played, play(workload, policies(), steady=False, start=SHIFT), "law 8: at another time")
-        check_same_rows(played, play(workload, policies(), leap=False), "law 15: a run that asks only about changes")
-        check_same_rows(played, play(workload, policies()), "law 15: a run that leaps over equal steps")
+        check_same_leaping(check_same_again(workload, policies), workload, policies)
 
     keeps_the_contract(long_prompt_above_decodes(), VllmDefault, RecomputeLowest)
     for seed, (batch, memory) in enumerate(product(BATCHES, MEMORIES)):

@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from rota.base.errors import LawBroken
-from rota.base.instant import Duration, Instant, after
+from rota.base.instant import Duration, Instant, after, seconds
 from rota.base.journal import Row
 from rota.base.random_streams import RandomStreams
 from rota.runtime.simulation import SimulationLoop
@@ -27,6 +27,7 @@ from rota.serving.sim.instance import RANK_ARRIVAL, SequenceState, SimulatedInst
 from rota.serving.stack import EnginePolicies
 
 RANK_CLIENT_LEAVES = 2
+SHIFT = Instant(seconds(987_654))
 
 _CHUNK_MIN = 8
 """Tokens of a prefill in a step, where the budget allows: each output token may cost a prefill anew, but no more,
@@ -196,6 +197,21 @@ def play(
         num_held = workload.limits.num_blocks - statistics.num_free_blocks
         raise LawBroken(f"law 3: {num_held} blocks are held when everything has ended")
     return Played(watch.ends, watch.first_token_at, watch.rows, statistics)
+
+
+def check_same_again(workload: Workload, policies: Callable[[], EnginePolicies]) -> Played:
+    """Play a workload step by step, with fresh policies again, and at another time; raise `LawBroken` where two
+    part. Returns the first run."""
+    played = play(workload, policies(), steady=False)
+    check_same_rows(played, play(workload, policies(), steady=False))
+    check_same_commands(played, play(workload, policies(), steady=False, start=SHIFT), "law 8: at another time")
+    return played
+
+
+def check_same_leaping(played: Played, workload: Workload, policies: Callable[[], EnginePolicies]) -> None:
+    """Raise `LawBroken` where a run that asks only about changes, or also leaps, parts from the one of every step."""
+    check_same_rows(played, play(workload, policies(), leap=False), "law 15: a run that asks only about changes")
+    check_same_rows(played, play(workload, policies()), "law 15: a run that leaps over equal steps")
 
 
 def check_same_rows(one: Played, other: Played, what: str = "law 8: a second run with fresh policies") -> None:
