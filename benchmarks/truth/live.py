@@ -109,16 +109,17 @@ class Request:
     num_output_tokens: int
 
 
-def rows() -> Iterator[TruthRow]:
-    """Everything that is measured live. Takes about twelve minutes. Raises `ConfigError` without vLLM or its model."""
+def rows(*, scale: float = 1.0) -> Iterator[TruthRow]:
+    """Everything that is measured live. Takes about twelve minutes; with `scale` below 1 the calibration and the loads
+    are shorter by that factor. Raises `ConfigError` without vLLM or its model."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("vllm is not installed", hint="make install, or leave the group out")
     model = prepare_model()
     with tempfile.TemporaryDirectory(prefix="rota-live-") as folder:
-        measured = asyncio.run(_measure(model, Path(folder)))
+        measured = asyncio.run(_measure(model, Path(folder), scale))
         yield from _step_rows(measured)
         for load in LOADS:
-            runs = [run for run in measured.runs if run.load == load]
+            runs = [run for run in measured.runs if run.load.name == load.name]
             yield from _front_end_rows(measured.profile, runs)
             yield from _latency_rows(measured.profile, runs, Path(folder), WALL)
             if measured.cpu_profile is not None:
@@ -140,7 +141,7 @@ class Measured:
 # --- live -------------------------------------------------------------------------------------------------------------
 
 
-async def _measure(model: Path, folder: Path) -> Measured:
+async def _measure(model: Path, folder: Path, scale: float) -> Measured:
     server = VllmServer(
         model=model,
         port=free_port(),
@@ -160,12 +161,13 @@ async def _measure(model: Path, folder: Path) -> Measured:
     async with running(server, folder / "log", stop, timeout=START_SECONDS) as url:
         for number in range(NUM_ROUNDS):
             collected = await collect(
-                url, facts, seconds=CALIBRATION_SECONDS, seed=100 + number, stop=stop, tokenizer=model
+                url, facts, seconds=scale * CALIBRATION_SECONDS, seed=100 + number, stop=stop, tokenizer=model
             )
             engine = collected.engine
             calibrating += collected.records
             probes += collected.sent
             for load in LOADS:
+                load = replace(load, num_requests=round(scale * load.num_requests))
                 runs.append(await _run(url, facts, model, load, number))
     steps = steps_of(calibrating, "calibration")
     origin = Origin("benchmarks/truth/live.py", time.strftime("%Y-%m-%d"), "this machine", "this machine's CPU")
@@ -184,7 +186,7 @@ async def _measure(model: Path, folder: Path) -> Measured:
 async def _run(url: str, facts: Path, model: Path, load: Unseen, number: int) -> Run:
     began_at = clock()
     # The plan is the same in every round. Its texts are not, or the engine would know them from an earlier run.
-    texts = number * len(LOADS) + LOADS.index(load)
+    texts = number * len(LOADS) + [each.name for each in LOADS].index(load.name)
     prompts = Prompts(RandomStreams(1000 + texts), FileTokenizer(model))
     async with session() as client:
         target = Target(
