@@ -88,7 +88,7 @@ def simulate(
             on_progress=progress.reached,
         )
     summary = result.summary
-    _warn_of_limits(result.limit_differences, is_given=engine_settings is not None)
+    _warn_of_input(result, trace, is_given=engine_settings is not None)
     if report is not None:
         with writing("--report", report):
             _write_report(report, config, result)
@@ -98,10 +98,13 @@ def simulate(
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
 
 
-def _warn_of_limits(differences: tuple[str, ...], *, is_given: bool) -> None:
+def _warn_of_input(result: "SimulationResult", trace: Path, *, is_given: bool) -> None:
+    """What of the trace and the engine's settings was not taken as it is; `is_given` if settings were."""
     what = "the engine's own is used" if is_given else "step times of other batches are a guess"
-    for difference in differences:
+    for difference in result.limit_differences:
         warn(f"{difference}; {what}")
+    for done, count in result.not_taken.items():
+        warn(f"{trace}: {count} {done}")
 
 
 def _num_requests(trace: Path, num_requests: int | None) -> int | None:

@@ -54,3 +54,13 @@ def test_a_run_without_a_number_counts_in_percent(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(simulate, "Progress", Watched)
     assert rota("simulate", "--trace", str(tmp_path / "trace.csv"), "--json").code == 0
     assert totals == [7]
+
+
+def test_rows_that_were_not_taken_as_they_are_are_counted(tmp_path: Path) -> None:
+    calls = (
+        "kind,session,call,t_rel_s,gap_since_prev_call_s,input_tokens,output_tokens,common_prefix_tokens_with_prev\n"
+    )
+    (tmp_path / "agents.csv").write_text(calls + "a,s,0,0.0,0,100,0,0\na,s,1,2.0,2.0,120,5,100\n")
+    run = rota("simulate", "--trace", str(tmp_path / "agents.csv"), "--json")
+    assert run.code == 0
+    assert "1 rows with a length of 0 read as 1" in " ".join(run.stderr.split())

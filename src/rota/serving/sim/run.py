@@ -2,14 +2,14 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rota import __version__
 from rota.base.instant import Duration, Instant
-from rota.base.journal import Journal
+from rota.base.journal import Header, Journal
 from rota.base.random_streams import RandomStreams
 from rota.serving.assemble import SystemConfig, header_of
 from rota.serving.metrics.definitions import RequestRecord, Samples
@@ -22,7 +22,7 @@ from rota.serving.sim.cluster import EngineKind, SimulatedCluster, WorldOptions
 from rota.serving.stack import StackConfig
 from rota.serving.workload.arrivals import Arrival, to_request
 from rota.serving.workload.followers import ArrivalFlow
-from rota.serving.workload.formats import read_trace
+from rota.serving.workload.formats import TraceReader, recognise
 from rota.serving.workload.generator import SyntheticWorkload, generate
 from rota.serving.workload.resampling import resample_blocks
 from rota.serving.workload.retiming import scale_rate, take, with_poisson
@@ -63,6 +63,8 @@ class SimulationResult:
     system: SystemConfig
     limit_differences: tuple[str, ...] = ()
     """Where the instances' limits are not those that the profile's step times belong to; KV capacity above all."""
+    not_taken: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the trace that were not taken as they are, by what was done to them."""
 
 
 def system_config(config: SimulationConfig) -> SystemConfig:
@@ -83,10 +85,14 @@ def limits_of(config: SimulationConfig) -> InstanceLimits:
     return load_profile(config.profile).instance_limits() if config.limits is None else config.limits
 
 
-def arrivals_of(config: SimulationConfig) -> Iterator[Arrival]:
-    """The trace of this run, cut, drawn anew and retimed as asked; each draw from a stream of its own."""
+def arrivals_of(config: SimulationConfig, reader: TraceReader | None = None) -> Iterator[Arrival]:
+    """The trace of this run, cut, drawn anew and retimed as asked; each draw from a stream of its own. `reader` reads
+    the trace, if it is read; without, one that recognises it."""
     streams = RandomStreams(config.seed)
-    read = read_trace(config.trace, streams) if config.workload is None else generate(config.workload, streams)
+    if config.workload is not None:
+        read = generate(config.workload, streams)
+    else:
+        read = (reader or recognise(config.trace)).read(config.trace, streams)
     arrivals = read if config.num_requests is None else take(read, config.num_requests)
     if config.resample_block is not None:
         arrivals = resample_blocks(arrivals, config.resample_block, streams.stream("resample"))
@@ -97,7 +103,7 @@ def arrivals_of(config: SimulationConfig) -> Iterator[Arrival]:
     return arrivals
 
 
-def arrival_flow(config: SimulationConfig) -> ArrivalFlow:
+def arrival_flow(config: SimulationConfig, reader: TraceReader | None = None) -> ArrivalFlow:
     """The trace as requests with their true output lengths: open ones by iterating, others as those they wait for end.
     Raises `DataError` at the first bad row."""
     limits = limits_of(config)
@@ -113,7 +119,7 @@ def arrival_flow(config: SimulationConfig) -> ArrivalFlow:
             arrived_at=at,
         )
 
-    return ArrivalFlow(arrivals_of(config), build)
+    return ArrivalFlow(arrivals_of(config, reader), build)
 
 
 def simulate(
@@ -134,7 +140,8 @@ def simulate(
     profile = load_profile(config.profile)
     header = header_of(system)
     journal = Journal(header, path=journal_path) if with_digest or journal_path is not None else None
-    flow = arrival_flow(config)
+    reader = recognise(config.trace) if config.workload is None else None
+    flow = arrival_flow(config, reader)
     tally = Tally()
     records: list[RequestRecord] = []
     sinks = [tally.add, *([records.append] if keep_records else [])]
@@ -160,20 +167,27 @@ def simulate(
         if records_path is not None:
             sinks.append(open_files.enter_context(RecordsFile(records_path)).add)
         cluster.run()
+    facts = _facts(cluster, config, header, journal, time.process_time() - began)
+    summary = tally.summary(facts)
+    # All instances have the same limits.
+    differences = profile.capacity_differences(system.instances[0].limits)
+    not_taken = {} if reader is None else dict(reader.tally.counts)
+    return SimulationResult(summary, records, cluster.sampler.series, system, tuple(differences), not_taken)
+
+
+def _facts(
+    cluster: SimulatedCluster, config: SimulationConfig, header: Header, journal: Journal | None, cpu_seconds: float
+) -> RunFacts:
     statistics = [machine.statistics() for machine in cluster.machines()]
-    facts = RunFacts(
+    return RunFacts(
         num_steps=sum(one.num_steps for one in statistics),
         num_preemptions=sum(one.num_preemptions for one in statistics),
         num_cached_tokens=sum(one.num_cached_tokens for one in statistics),
         num_queried_tokens=sum(one.num_prompt_tokens for one in statistics),
-        cpu_seconds=time.process_time() - began,
+        cpu_seconds=cpu_seconds,
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         seed=config.seed,
         config_hash=header.config_hash,
         journal_digest=None if journal is None else journal.digest,
         version=__version__,
     )
-    summary = tally.summary(facts)
-    # All instances have the same limits.
-    differences = profile.capacity_differences(system.instances[0].limits)
-    return SimulationResult(summary, records, cluster.sampler.series, system, tuple(differences))
