@@ -321,7 +321,7 @@ def main() -> None:
         words.write_text("".join(f'"{word}"\n' for word in quoted))
         atheris.Setup(
             [sys.argv[0], f"-max_total_time={options.seconds}", f"-seed={options.seed + 1}", f"-dict={words}",
-             f"-max_len={MAX_INPUT_BYTES}", "-timeout=20", "-rss_limit_mb=3000", "-print_final_stats=1",
+             f"-max_len={MAX_INPUT_BYTES}", "-timeout=300", "-rss_limit_mb=3000", "-print_final_stats=1",
              f"-artifact_prefix={corpus.parent}/", str(corpus)],
             check,
         )  # fmt: skip
