@@ -29,12 +29,14 @@ from rota.serving.api import (
     DispatchPolicy,
     EngineCapabilities,
     MemoryPolicy,
+    MigrationPolicy,
     OrderPolicy,
 )
 from rota.serving.policies.admission import ADMISSION
 from rota.serving.policies.batch import BATCH
 from rota.serving.policies.dispatch import DISPATCH
 from rota.serving.policies.memory import MEMORY
+from rota.serving.policies.migration import MIGRATION
 from rota.serving.policies.order import ORDER
 
 REGISTRIES: Mapping[str, Registry] = {
@@ -43,6 +45,7 @@ REGISTRIES: Mapping[str, Registry] = {
     "memory": MEMORY,
     "dispatch": DISPATCH,
     "admission": ADMISSION,
+    "migration": MIGRATION,
 }
 """The kinds of policy, in the order in which docs and command line list them."""
 
@@ -55,6 +58,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     memory: dict[str, Any] = {}
     dispatch: dict[str, Any] = {}
     admission: dict[str, Any] = {}
+    migration: dict[str, Any] = {}
 
 
 class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,6 +69,7 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: str = "recompute_lowest"
     dispatch: str = "prefix_then_load"
     admission: str = "bounded_queue"
+    migration: str = "none"
     parameters: Parameters = Parameters()
 
 
@@ -83,6 +88,7 @@ class ClusterPolicies:
 
     dispatch: DispatchPolicy
     admission: AdmissionPolicy
+    migration: MigrationPolicy
 
 
 def load_stack(path: str | Path | None) -> StackConfig:
@@ -106,6 +112,7 @@ def cluster_policies(config: StackConfig, streams: RandomStreams) -> ClusterPoli
     return ClusterPolicies(
         dispatch=_create("dispatch", config, {"stream": streams.stream("dispatch")}),
         admission=_create("admission", config, {}),
+        migration=_create("migration", config, {}),
     )
 
 

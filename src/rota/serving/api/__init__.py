@@ -2,7 +2,7 @@
 
 from rota.serving.api.admitting import admit_waiting
 from rota.serving.api.cursors import InOrder
-from rota.serving.api.decisions import Admission, OnRefusal, Pick, Pool, Refusal
+from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal
 from rota.serving.api.policies import (
     AdmissionPolicy,
     BatchDraft,
@@ -11,12 +11,13 @@ from rota.serving.api.policies import (
     Cursor,
     DispatchPolicy,
     MemoryPolicy,
+    MigrationPolicy,
     OrderPolicy,
     StepTimePredictor,
 )
 from rota.serving.api.views import ClusterView, EngineView, InstanceView, SequenceView, WaitingView
 from rota.serving.model.capabilities import EVERYTHING, NOTHING, Capability, EngineCapabilities
-from rota.serving.model.instance import InstanceId, InstanceLimits, Role
+from rota.serving.model.instance import InstanceId, InstanceLimits, Role, SequenceReport
 from rota.serving.model.request import SLO, ProgramId, Request, RequestId, TenantId
 
 __all__ = [
@@ -38,8 +39,9 @@ __all__ = [
     "InstanceId",
     "InstanceLimits",
     "InstanceView",
-    "WaitingView",
     "MemoryPolicy",
+    "MigrationPolicy",
+    "Move",
     "OnRefusal",
     "OrderPolicy",
     "Pick",
@@ -49,8 +51,10 @@ __all__ = [
     "Request",
     "RequestId",
     "Role",
+    "SequenceReport",
     "SequenceView",
     "StepTimePredictor",
     "TenantId",
+    "WaitingView",
     "admit_waiting",
 ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from rota.serving.model.instance import InstanceId
+from rota.serving.model.request import RequestId
 
 
 class Refusal(StrEnum):
@@ -50,3 +51,13 @@ class Admission:
     reason: str
     status: int = 503
     retry_after_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A running request that should go on elsewhere, and why."""
+
+    request_id: RequestId
+    source: InstanceId
+    destination: InstanceId
+    reason: str

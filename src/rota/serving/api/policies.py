@@ -5,15 +5,15 @@ constants are keyword parameters of its constructor with the published defaults.
 in `requires`; what it lacks is refused when the stack is assembled, never approximated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from rota.base.instant import Instant
-from rota.serving.api.decisions import Admission, OnRefusal, Pick, Pool, Refusal
+from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal
 from rota.serving.api.views import ClusterView, EngineView, SequenceView
 from rota.serving.model.capabilities import EngineCapabilities
-from rota.serving.model.request import Request
+from rota.serving.model.request import Request, RequestId
 
 
 class Cursor(Protocol):
@@ -164,6 +164,23 @@ class AdmissionPolicy(Protocol):
 
     def admit(self, request: Request, cluster: ClusterView, num_unfinished: int) -> Admission:
         """Decide on arrival. `num_unfinished` counts the requests that entered and have not ended."""
+        ...
+
+
+@runtime_checkable
+class MigrationPolicy(Protocol):
+    """Which running requests go on at another instance."""
+
+    requires: EngineCapabilities
+    interval_seconds: float
+    """How often it is asked, in seconds; 0 for never."""
+
+    def plan(self, cluster: ClusterView, moving: Set[RequestId]) -> Sequence[Move]:
+        """The moves to begin now, the most useful first. `cluster` holds the instances that are ready, and those that
+        drain; `moving` are the requests that are on their way already, and may not be moved again.
+
+        What it sees is late. Before each move the machine looks again: the request must run at the source, and the
+        destination be ready. A move that fails this is dropped, with its reason in the counts."""
         ...
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from rota.base.instant import Instant
-from rota.serving.model.instance import InstanceId, InstanceLimits, Role
+from rota.serving.model.instance import InstanceId, InstanceLimits, Role, SequenceReport
 from rota.serving.model.request import Request, RequestId, TenantId
 
 
@@ -123,6 +123,32 @@ class InstanceView(Protocol):
     @property
     def block_size(self) -> int:
         """Tokens per block."""
+        ...
+
+    @property
+    def running(self) -> Sequence[SequenceReport]:
+        """Those who run, in order of admission, by the last report; without those known to have ended or left since.
+        Empty where the instance does not tell of them."""
+        ...
+
+    @property
+    def waiting(self) -> Sequence[SequenceReport]:
+        """The first of those who wait, in queue order, by the last report; without those known to have ended since."""
+        ...
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that may run at once."""
+        ...
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes no new requests and should be emptied. Only migration policies are shown such."""
+        ...
+
+    @property
+    def num_migrations(self) -> int:
+        """Migrations under way from or to this instance."""
         ...
 
     @property

@@ -9,7 +9,7 @@ from rota.base.instant import Instant
 from rota.serving.api import InstanceView
 from rota.serving.cluster.lifecycles import INSTANCE_LIFECYCLE, InstanceState
 from rota.serving.cluster.prefix_index import PrefixIndex
-from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec, Role
+from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec, Role, SequenceReport
 from rota.serving.model.request import Request, RequestId
 
 
@@ -20,6 +20,7 @@ class InstanceLedger:
         "_num_tokens_of",
         "id",
         "max_prompt_tokens",
+        "num_migrations",
         "num_outstanding_tokens",
         "report",
         "restarted_at",
@@ -36,12 +37,18 @@ class InstanceLedger:
         self.report: InstanceReport | None = None
         self.restarted_at: Instant | None = None
         self.num_outstanding_tokens = 0
+        self.num_migrations = 0
+        """Under way, from here or to here."""
         self._num_tokens_of: dict[RequestId, int] = {}
         self.view = InstanceReading(self, prefix_index)
 
     @property
     def num_outstanding_requests(self) -> int:
         return len(self._num_tokens_of)
+
+    def still_here(self, reported: Sequence[SequenceReport]) -> Sequence[SequenceReport]:
+        """Those of a report that have not ended or left since, as far as the router knows."""
+        return [each for each in reported if each.request_id in self._num_tokens_of]
 
     @property
     def outstanding(self) -> Iterator[RequestId]:
@@ -124,6 +131,28 @@ class InstanceReading:
     @property
     def block_size(self) -> int:
         return self._ledger.spec.limits.block_size
+
+    @property
+    def running(self) -> Sequence[SequenceReport]:
+        report = self._ledger.report
+        return () if report is None else self._ledger.still_here(report.running)
+
+    @property
+    def waiting(self) -> Sequence[SequenceReport]:
+        report = self._ledger.report
+        return () if report is None else self._ledger.still_here(report.waiting)
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._ledger.spec.limits.max_num_seqs
+
+    @property
+    def is_draining(self) -> bool:
+        return self._ledger.state == InstanceState.DRAINING
+
+    @property
+    def num_migrations(self) -> int:
+        return self._ledger.num_migrations
 
     @property
     def num_outstanding_requests(self) -> int:

@@ -13,7 +13,7 @@ class RequestState(StrEnum):
     ASSIGNED = "assigned"
     """Dispatched; no token seen. It can still be retried elsewhere, since the client has got nothing."""
     RUNNING = "running"
-    """The first token passed. From here on its instance alone can finish it."""
+    """The first token passed. From here on its instance alone can finish it, unless it can be resumed elsewhere."""
     FINISHED = "finished"
     REJECTED = "rejected"
     FAILED = "failed"
@@ -28,6 +28,23 @@ class InstanceState(StrEnum):
     DRAINING = "draining"
     LOST = "lost"
     STOPPED = "stopped"
+
+
+class MigrationState(StrEnum):
+    """How far a move of a running request is. Its source owns it in every state but `COMMITTED`."""
+
+    PROPOSED = "proposed"
+    """The destination was asked for room."""
+    RESERVED = "reserved"
+    """Room is kept there."""
+    COPYING = "copying"
+    """Blocks are on their way, and it decodes at its source."""
+    HANDOVER = "handover"
+    """It stops at its source for the last blocks."""
+    COMMITTED = "committed"
+    """It runs at its destination, which owns it."""
+    ABORTED = "aborted"
+    """It runs at its source, or has ended there."""
 
 
 REQUEST_LIFECYCLE = TransitionTable(
@@ -48,6 +65,7 @@ REQUEST_LIFECYCLE = TransitionTable(
         },
         RequestState.RUNNING: {
             "finished": RequestState.FINISHED,
+            "resumed": RequestState.QUEUED,
             "aborted": RequestState.ABORTED,
             "failed": RequestState.FAILED,
         },
@@ -82,3 +100,15 @@ INSTANCE_LIFECYCLE = TransitionTable(
 )
 """`started` on an instance that is not new means that it came back, with nothing cached; `drained` is the router's own
 move when the last request of a draining instance ended."""
+
+MIGRATION_LIFECYCLE = TransitionTable(
+    "migration",
+    {
+        MigrationState.PROPOSED: {"reserved": MigrationState.RESERVED, "aborted": MigrationState.ABORTED},
+        MigrationState.RESERVED: {"copying": MigrationState.COPYING, "aborted": MigrationState.ABORTED},
+        MigrationState.COPYING: {"caught_up": MigrationState.HANDOVER, "aborted": MigrationState.ABORTED},
+        MigrationState.HANDOVER: {"handed_over": MigrationState.COMMITTED, "aborted": MigrationState.ABORTED},
+    },
+    initial=MigrationState.PROPOSED,
+    final=(MigrationState.COMMITTED, MigrationState.ABORTED),
+)

@@ -19,14 +19,19 @@ from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, H
 from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
+    CopyCaughtUp,
+    CopyStarted,
     FirstTokenSeen,
+    HandedOver,
     InstanceDraining,
     InstanceLost,
     InstanceReported,
     InstanceStarted,
+    MigrationFailed,
     RequestArrived,
     RequestFailed,
     RequestFinished,
+    RoomReserved,
 )
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
@@ -130,6 +135,8 @@ class ClusterMachine:
                 return ()
             case InstanceDraining():
                 self._instance_left(event.instance_id, "draining")
+                return ()
+            case RoomReserved() | CopyStarted() | CopyCaughtUp() | HandedOver() | MigrationFailed():
                 return ()
             case _:
                 assert_never(event)

@@ -29,6 +29,12 @@ class Capability(StrEnum):
     """Choose freely whom to preempt when memory runs out."""
     PREFIX_CACHE = "prefix_cache"
     """Share the blocks of equal prefixes."""
+    RESUME_FROM_TOKENS = "resume_from_tokens"
+    """Go on with a request whose first output tokens came from elsewhere, by computing them anew (replay)."""
+    HAND_OVER_KV = "hand_over_kv"
+    """Let a running request go at a token, and take one, with its blocks."""
+    COPY_KV = "copy_kv"
+    """Copy the blocks of a running request to another instance while it decodes."""
 
 
 EngineCapabilities = frozenset[Capability]

@@ -1,5 +1,6 @@
 """Orders that machines give, in the imperative. Each ends in one outcome event."""
 
+from enum import StrEnum
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -57,7 +58,35 @@ class RejectSequence(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-InstanceCommand = RunStep | RejectSequence
+class RoomKept(msgspec.Struct, frozen=True, tag=True):
+    """Room is kept for a request that may come, for so many tokens."""
+
+    request_id: RequestId
+    num_tokens: int
+
+
+class RoomRefused(msgspec.Struct, frozen=True, tag=True):
+    """There is no room for a request that would come. What was kept for it before is given up."""
+
+    request_id: RequestId
+    reason: str
+
+
+class SequenceStopped(msgspec.Struct, frozen=True, tag=True):
+    """A request rests here with its blocks, so many of its tokens known, all but the last computed."""
+
+    request_id: RequestId
+    num_tokens: int
+
+
+class StopRefused(msgspec.Struct, frozen=True, tag=True):
+    """A request cannot be let rest: it has ended, or lost its blocks."""
+
+    request_id: RequestId
+    reason: str
+
+
+InstanceCommand = RunStep | RejectSequence | RoomKept | RoomRefused | SequenceStopped | StopRefused
 
 # --- from the cluster ------------------------------------------------------------------------------------------------
 
@@ -83,6 +112,8 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """What the policy made of each instance that it looked at."""
     admission: str = ""
     """Why the admission policy let it in; empty on a retry and after a hold, where that was said before."""
+    num_output_tokens: int = 0
+    """Tokens that the client has got already: the instance goes on from there (replay)."""
 
 
 class Reject(msgspec.Struct, frozen=True, tag=True):
@@ -110,4 +141,59 @@ class Fail(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-ClusterCommand = Dispatch | Hold | Reject | Abort | Fail
+class Way(StrEnum):
+    """How a running request gets to another instance."""
+
+    COPY = "copy"
+    """Its blocks are copied while it decodes; it stops for the last of them."""
+    HAND_OFF = "hand_off"
+    """It stops, and its destination pulls its blocks."""
+    REPLAY = "replay"
+    """It stops, and its destination computes its tokens anew."""
+
+
+class Migrate(msgspec.Struct, frozen=True, tag=True):
+    """Begin to move a running request: have the destination keep room for it. Ends in `RoomReserved` or
+    `MigrationFailed`."""
+
+    migration_id: int
+    request_id: RequestId
+    source: InstanceId
+    destination: InstanceId
+    way: Way
+    reason: str
+
+
+class CopyOut(msgspec.Struct, frozen=True, tag=True):
+    """Copy a migrating request's blocks while it decodes. Ends in `CopyStarted`, then `CopyCaughtUp`, or in
+    `MigrationFailed`. Where nothing is copied ahead, both are said at once."""
+
+    migration_id: int
+    request_id: RequestId
+
+
+class HandOver(msgspec.Struct, frozen=True, tag=True):
+    """Stop a migrating request at its source and have it go on at its destination. Ends in `HandedOver` or
+    `MigrationFailed`."""
+
+    migration_id: int
+    request_id: RequestId
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    """A migrated request is its destination's: let its source forget it. Nothing is owed."""
+
+    migration_id: int
+    request_id: RequestId
+
+
+class AbortMigration(msgspec.Struct, frozen=True, tag=True):
+    """Give a migration up, whatever it had reached: the destination gives up the room, and the request goes on at its
+    source if it is there. Nothing is owed."""
+
+    migration_id: int
+    request_id: RequestId
+    reason: str
+
+
+ClusterCommand = Dispatch | Hold | Reject | Abort | Fail | Migrate | CopyOut | HandOver | Commit | AbortMigration

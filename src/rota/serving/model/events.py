@@ -9,10 +9,12 @@ from rota.serving.model.request import Request, RequestId
 # --- what one instance hears -----------------------------------------------------------------------------------------
 
 
-class SequenceArrived(msgspec.Struct, frozen=True, tag=True):
+class SequenceArrived(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """A request was dispatched to this instance."""
 
     request: Request
+    num_output_tokens: int = 0
+    """Tokens that it generated elsewhere. They are known here and computed anew, as after a preemption (replay)."""
 
 
 class StepFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -32,7 +34,58 @@ class SequenceAborted(msgspec.Struct, frozen=True, tag=True):
     request_id: RequestId
 
 
-InstanceEvent = SequenceArrived | StepFinished | SequenceAborted
+class RoomAsked(msgspec.Struct, frozen=True, tag=True):
+    """A request that runs elsewhere may come here with its KV: set blocks for so many tokens and a slot aside. Asked
+    again with more tokens, it grows. The instance answers with `RoomKept` or `RoomRefused`."""
+
+    request_id: RequestId
+    num_tokens: int
+
+
+class RoomGivenUp(msgspec.Struct, frozen=True, tag=True):
+    """The request does not come after all. Unknown ids are ignored."""
+
+    request_id: RequestId
+
+
+class SequenceAdopted(msgspec.Struct, frozen=True, tag=True):
+    """A request came with its KV, into the room that was kept for it: all but its last token is computed. It runs."""
+
+    request: Request
+    num_output_tokens: int
+    """At least 1."""
+
+
+class StopAsked(msgspec.Struct, frozen=True, tag=True):
+    """Let a running request rest when the step in flight has ended, with its blocks. The instance answers with
+    `SequenceStopped`, or with `StopRefused` if it ends, waits or was aborted by then."""
+
+    request_id: RequestId
+
+
+class SequenceResumed(msgspec.Struct, frozen=True, tag=True):
+    """A request that rests, or is about to, goes on here. Unknown ids are ignored."""
+
+    request_id: RequestId
+
+
+class SequenceLeft(msgspec.Struct, frozen=True, tag=True):
+    """A request that rests runs elsewhere now: let go of its blocks. Unknown ids are ignored."""
+
+    request_id: RequestId
+
+
+InstanceEvent = (
+    SequenceArrived
+    | StepFinished
+    | SequenceAborted
+    | RoomAsked
+    | RoomGivenUp
+    | SequenceAdopted
+    | StopAsked
+    | SequenceResumed
+    | SequenceLeft
+)
 
 # --- what the cluster hears ------------------------------------------------------------------------------------------
 
@@ -58,7 +111,7 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     num_output_tokens: int | None = None
 
 
-class RequestFailed(msgspec.Struct, frozen=True, tag=True):
+class RequestFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """An attempt at a request failed at an instance. After the first token it can no longer be retried."""
 
     request_id: RequestId
@@ -66,6 +119,9 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     reason: str
     retryable: bool = True
     """False where the engine answered, e.g. that the request is malformed; another one would say the same."""
+    num_output_tokens: int | None = None
+    """After the first token: how many the client has got, where another instance can go on from there; None where the
+    request cannot be resumed."""
 
 
 class ClientLeft(msgspec.Struct, frozen=True, tag=True):
@@ -100,6 +156,41 @@ class InstanceReported(msgspec.Struct, frozen=True, tag=True):
     delay: Duration = Duration(0)
 
 
+class RoomReserved(msgspec.Struct, frozen=True, tag=True):
+    """The destination of a migration keeps room for the request."""
+
+    migration_id: int
+
+
+class CopyStarted(msgspec.Struct, frozen=True, tag=True):
+    """The first blocks of a migrating request are on their way; it decodes meanwhile."""
+
+    migration_id: int
+
+
+class CopyCaughtUp(msgspec.Struct, frozen=True, tag=True):
+    """Of a migrating request so little is left to copy that it may stop for it."""
+
+    migration_id: int
+
+
+class HandedOver(msgspec.Struct, frozen=True, tag=True):
+    """A migrating request runs at its destination: from here on that is its owner."""
+
+    migration_id: int
+    downtime: Duration
+    """From the moment it stopped at its source until it could go on."""
+    num_bytes: int = 0
+    """Copied in all, while it decoded and while it stood."""
+
+
+class MigrationFailed(msgspec.Struct, frozen=True, tag=True):
+    """A step of a migration cannot be done. The request is where it was."""
+
+    migration_id: int
+    reason: str
+
+
 ClusterEvent = (
     RequestArrived
     | FirstTokenSeen
@@ -110,4 +201,9 @@ ClusterEvent = (
     | InstanceLost
     | InstanceDraining
     | InstanceReported
+    | RoomReserved
+    | CopyStarted
+    | CopyCaughtUp
+    | HandedOver
+    | MigrationFailed
 )

@@ -7,6 +7,7 @@ import msgspec
 
 from rota.base.instant import Instant
 from rota.serving.model.capabilities import EVERYTHING, EngineCapabilities
+from rota.serving.model.request import RequestId
 
 InstanceId = NewType("InstanceId", str)
 
@@ -50,7 +51,22 @@ class InstanceSpec(msgspec.Struct, frozen=True):
     capabilities: EngineCapabilities = EVERYTHING
 
 
-class InstanceReport(msgspec.Struct, frozen=True):
+class SequenceReport(msgspec.Struct, frozen=True, gc=False):
+    """One request at an instance, as the instance says it is."""
+
+    request_id: RequestId
+    num_tokens: int
+    """Known tokens: prompt and what was generated so far."""
+    num_blocks: int
+    """KV blocks that it holds; 0 for one that waits."""
+    priority: int = 0
+
+
+WAITING_REPORTED_MAX = 16
+"""A report tells of so many of those who wait, the head of the queue first."""
+
+
+class InstanceReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an instance said about itself, and when. Reports arrive late, live as in the simulator."""
 
     instance_id: InstanceId
@@ -63,3 +79,7 @@ class InstanceReport(msgspec.Struct, frozen=True):
     num_blocks: int
     num_preemptions: int = 0
     """Since the instance started."""
+    running: tuple[SequenceReport, ...] = ()
+    """Those who run, in order of admission, where the instance tells of them."""
+    waiting: tuple[SequenceReport, ...] = ()
+    """The first `WAITING_REPORTED_MAX` of those who wait, in queue order, where the instance tells of them."""

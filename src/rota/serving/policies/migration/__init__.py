@@ -1,0 +1,11 @@
+"""Migration policies, by name."""
+
+from rota.base.registry import Registry
+
+MIGRATION: Registry = Registry(
+    "migration policy",
+    {
+        "none": "rota.serving.policies.migration.none:NoMigration",
+    },
+    entry_point_group="rota.migration",
+)
