@@ -1,14 +1,24 @@
 """The conformance suite of dispatch policies, and the fixed pictures of a cluster that it shows them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant
-from rota.serving.api import DispatchPolicy, InstanceId, InstanceView, Pick, Request, RequestId, Role
+from rota.serving.api import (
+    DispatchPolicy,
+    InstanceId,
+    InstanceView,
+    Pick,
+    Request,
+    RequestId,
+    Role,
+    SequenceReport,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,11 @@ class InstanceSample:
     block_size: int = 16
     observed_at: Instant | None = None
     role: Role = Role.MIXED
+    running: tuple[SequenceReport, ...] = ()
+    waiting: tuple[SequenceReport, ...] = ()
+    max_num_seqs: int = 256
+    is_draining: bool = False
+    num_migrations: int = 0
 
     def num_prefix_tokens(self, request: Request) -> int:
         num_blocks = min(self.num_cached_blocks, len(request.block_hashes))
@@ -56,8 +71,21 @@ def requests() -> st.SearchStrategy[Request]:
 
 
 def clusters(*, num_instances_min: int = 1) -> st.SearchStrategy[ClusterSample]:
-    """Clusters of up to eight instances by id, idle and loaded, reported and not, with and without cached prefixes."""
-    instance = st.builds(
+    """Clusters of up to eight instances by id, idle and loaded, reported and not, with and without cached prefixes; some
+    tell of their sequences."""
+    instance = instances_that_do_not_tell() | instances_that_tell()
+    return st.builds(
+        lambda now, samples: ClusterSample(
+            Instant(now), tuple(_renamed(sample, position, now) for position, sample in enumerate(samples))
+        ),
+        now=st.integers(0, 10**15),
+        samples=st.lists(instance, min_size=num_instances_min, max_size=8),
+    )
+
+
+def instances_that_do_not_tell() -> st.SearchStrategy[InstanceSample]:
+    """Instances of which only numbers are known, or not even those."""
+    return st.builds(
         InstanceSample,
         id=st.just(InstanceId("")),
         num_outstanding_requests=st.integers(0, 100),
@@ -67,12 +95,23 @@ def clusters(*, num_instances_min: int = 1) -> st.SearchStrategy[ClusterSample]:
         num_waiting=st.integers(0, 100),
         num_free_blocks=st.none() | st.integers(0, 1000),
     )
+
+
+def instances_that_tell(
+    *, draining: st.SearchStrategy[bool] | None = None, num_running_max: int = 6
+) -> st.SearchStrategy[InstanceSample]:
+    """Instances that tell of those who run and wait, with numbers that fit them. Block sizes and capacities differ, and
+    a queue may wait in front of free blocks, as one does between two steps."""
+    sequence = st.tuples(st.integers(1, 1200), st.integers(-2, 2), st.booleans())
     return st.builds(
-        lambda now, samples: ClusterSample(
-            Instant(now), tuple(_renamed(sample, position, now) for position, sample in enumerate(samples))
-        ),
-        now=st.integers(0, 10**15),
-        samples=st.lists(instance, min_size=num_instances_min, max_size=8),
+        _telling,
+        running=st.lists(sequence, max_size=num_running_max),
+        waiting=st.lists(sequence, max_size=3),
+        num_blocks=st.sampled_from([200, 500, 1000]),
+        block_size=st.sampled_from([16, 16, 32]),
+        max_num_seqs=st.sampled_from([4, 256]),
+        num_unknown=st.integers(0, 3),
+        is_draining=draining or st.just(False),
     )
 
 
@@ -155,16 +194,58 @@ def _request(number: int, num_prompt_tokens: int, share_hashed: float, priority:
     )
 
 
-def _renamed(sample: InstanceSample, position: int, now: int) -> InstanceSample:
-    """The sample with the id of a position, and, if it ever reported, a report no later than `now`."""
-    observed_at = None if sample.num_free_blocks is None else Instant(max(0, now - 1000 * position))
+def _telling(
+    running: list[tuple[int, int, bool]],
+    waiting: list[tuple[int, int, bool]],
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    num_unknown: int,
+    is_draining: bool,
+) -> InstanceSample:
+    """An instance whose numbers fit its sequences: of `running` as many as fit, the others before those who wait."""
+    run: list[SequenceReport] = []
+    queue: list[SequenceReport] = []
+    num_free_blocks, num_outstanding_tokens = num_blocks, 100 * num_unknown
+    for num_tokens, priority, in_prefill in running:
+        num_needed = -(-num_tokens // block_size)
+        if len(run) < max_num_seqs and num_needed <= num_free_blocks:
+            num_held = max(1, num_needed // 2) if in_prefill else num_needed
+            run.append(SequenceReport(RequestId(""), num_tokens, num_held, priority))
+            num_free_blocks -= num_held
+            num_outstanding_tokens += num_tokens if num_held < num_needed else 1
+        else:
+            waiting = [(num_tokens, priority, in_prefill), *waiting]
+    for num_tokens, priority, _ in waiting:
+        queue.append(SequenceReport(RequestId(""), num_tokens, 0, priority))
+        num_outstanding_tokens += num_tokens
     return InstanceSample(
-        InstanceId(f"i{position}"),
-        sample.num_outstanding_requests,
-        sample.num_outstanding_tokens,
-        sample.num_cached_blocks,
-        sample.num_running,
-        sample.num_waiting,
-        sample.num_free_blocks,
-        observed_at=observed_at,
+        InstanceId(""),
+        len(run) + len(queue) + num_unknown,
+        num_outstanding_tokens,
+        num_running=len(run),
+        num_waiting=len(queue),
+        num_free_blocks=num_free_blocks,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        running=tuple(run),
+        waiting=tuple(queue),
+        max_num_seqs=max_num_seqs,
+        is_draining=is_draining,
+    )
+
+
+def _renamed(sample: InstanceSample, position: int, now: int) -> InstanceSample:
+    """The sample with the id of a position, sequences named after it, and, if it ever reported, a report no later than
+    `now`."""
+    named = [
+        structs.replace(sequence, request_id=RequestId(f"i{position}-{number}"))
+        for number, sequence in enumerate((*sample.running, *sample.waiting))
+    ]
+    return replace(
+        sample,
+        id=InstanceId(f"i{position}"),
+        observed_at=None if sample.num_free_blocks is None else Instant(max(0, now - 1000 * position)),
+        running=tuple(named[: len(sample.running)]),
+        waiting=tuple(named[len(sample.running) :]),
     )

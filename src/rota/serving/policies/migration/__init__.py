@@ -5,7 +5,7 @@ from rota.base.registry import Registry
 MIGRATION: Registry = Registry(
     "migration policy",
     {
-        "none": "rota.serving.policies.migration.none:NoMigration",
+        "none": "rota.serving.policies.migration.none:NoneMoved",
     },
     entry_point_group="rota.migration",
 )

@@ -5,7 +5,7 @@ from collections.abc import Sequence, Set
 from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, Move, RequestId
 
 
-class NoMigration:
+class NoneMoved:
     """Every request ends where it began. Never asked."""
 
     requires: EngineCapabilities = NOTHING
