@@ -71,8 +71,8 @@ def requests() -> st.SearchStrategy[Request]:
 
 
 def clusters(*, num_instances_min: int = 1) -> st.SearchStrategy[ClusterSample]:
-    """Clusters of up to eight instances by id, idle and loaded, reported and not, with and without cached prefixes; some
-    tell of their sequences."""
+    """Clusters of up to eight instances by id, idle and loaded, reported and not, with and without cached prefixes;
+    some tell of their sequences."""
     instance = instances_that_do_not_tell() | instances_that_tell()
     return st.builds(
         lambda now, samples: ClusterSample(
