@@ -64,6 +64,9 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     hash_block_tokens: int | None = None
     """Tokens that each of `block_hashes` stands for; of the last, as many as the prompt has. None: a full block of the
     engine each."""
+    movable: bool = True
+    """Whether it can go on at another instance once it has begun. False where something of it does not travel, such as
+    the state of a seeded draw."""
 
 
 def shared_prefix_blocks(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:
