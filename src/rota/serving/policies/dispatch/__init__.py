@@ -12,6 +12,7 @@ DISPATCH: Registry = Registry(
         "power_of_two": "rota.serving.policies.dispatch.power_of_two:PowerOfTwo",
         "prefix_then_load": "rota.serving.policies.dispatch.prefix_then_load:PrefixThenLoad",
         "round_robin": "rota.serving.policies.dispatch.round_robin:RoundRobin",
+        "virtual_usage": "rota.serving.policies.dispatch.virtual_usage:VirtualUsage",
     },
     entry_point_group="rota.dispatch",
 )

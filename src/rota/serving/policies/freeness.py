@@ -1,0 +1,185 @@
+"""Virtual usage and freeness: how many more steps an instance's batch can grow. Dispatch and migration share it.
+
+Llumnix (OSDI 2024) reads load, queueing, classes and draining off one number. Each request has a virtual usage, in
+tokens:
+
+* one that runs: the KV that it holds; of the high class, a share of the headroom on top, `headroom / num_high`, so that
+  an instance with anybody of the high class seems fuller by the headroom in all;
+* the head of the queue: all that it demands, though it holds nothing yet; others who wait: nothing;
+* one that was dispatched and that the last report cannot know: all of its prompt, as far as the router can tell;
+* on an instance that drains: infinite.
+
+Freeness is (capacity - virtual usage) / requests, in decode steps, since each request grows by a token a step. There is
+one sign for it: more freeness is better, and what is below zero is owed. The published code counts it in blocks, and
+in places with the opposite sign.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rota.base.errors import ConfigError
+from rota.base.instant import Instant
+from rota.serving.api import InstanceId, InstanceView, SequenceReport
+
+HIGH_LOAD_TARGET = 1600 / 13_616
+"""Share of an instance that may be loaded beside the high class: 1,600 of 13,616 tokens, LLaMA-7B on an A10. The paper
+states it for that one setting, and the public code has no headroom at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An instance's virtual usage, in tokens, and what follows from it."""
+
+    num_tokens_max: int
+    """Its capacity."""
+    num_tokens: int
+    """Virtual usage, without headroom."""
+    num_requests: int
+    """Those whose usage counts."""
+    num_high: int = 0
+    """Of the high class, running."""
+    headroom: int = 0
+    """Tokens kept free wherever the high class runs."""
+    is_draining: bool = False
+
+    @property
+    def num_free_tokens(self) -> int:
+        """Capacity that nobody uses or waits for, headroom included; below zero if more is wanted than there is."""
+        return self.num_tokens_max - self.num_tokens
+
+    @property
+    def freeness(self) -> float:
+        """Steps that the batch can grow; -inf where the instance drains."""
+        if self.is_draining:
+            return -math.inf
+        kept = self.headroom if self.num_high else 0
+        return (self.num_tokens_max - self.num_tokens - kept) / (self.num_requests or 1)
+
+    def with_request(self, num_tokens: int, *, is_high: bool) -> "Load":
+        """The load with one more request of that usage."""
+        return replace(
+            self,
+            num_tokens=self.num_tokens + num_tokens,
+            num_requests=self.num_requests + 1,
+            num_high=self.num_high + is_high,
+        )
+
+    def without_request(self, num_tokens: int, *, is_high: bool) -> "Load":
+        """The load with one request of that usage less."""
+        return replace(
+            self,
+            num_tokens=self.num_tokens - num_tokens,
+            num_requests=self.num_requests - 1,
+            num_high=self.num_high - is_high,
+        )
+
+
+_Read = tuple[Instant | None, int, int, bool, Load, float]
+
+
+class Freeness:
+    """Reads loads off views. It remembers each until a report comes or what is outstanding changes, because looking at
+    every sequence for every decision costs more than a decision may."""
+
+    def __init__(self, *, high_priority_max: int, high_load_target: float, whole_queue: bool = False) -> None:
+        """Requests of `priority` up to `high_priority_max` are the high class. Beside them, `high_load_target` of the
+        capacity may be loaded, in [0, 1]; the rest is headroom. `whole_queue` counts all who wait, not just the
+        head."""
+        if not 0.0 <= high_load_target <= 1.0:
+            raise ConfigError(f"high_load_target must be a share in [0, 1], not {high_load_target}")
+        self._high_priority_max = high_priority_max
+        self._headroom_share = 1.0 - high_load_target
+        self._whole_queue = whole_queue
+        self._known: dict[InstanceId, _Read] = {}
+
+    def is_high(self, sequence: SequenceReport) -> bool:
+        """Whether a request is of the high class."""
+        return sequence.priority <= self._high_priority_max
+
+    def of(self, view: InstanceView) -> float:
+        """The freeness of an instance, in steps."""
+        return self._read(view)[5]
+
+    def load(self, view: InstanceView) -> Load:
+        """The load of an instance."""
+        return self._read(view)[4]
+
+    def forget_others(self, instances: Sequence[InstanceView]) -> None:
+        """Forget the instances that are not shown any more, once they are many."""
+        if len(self._known) > 2 * len(instances):
+            self._known = {view.id: self._known[view.id] for view in instances if view.id in self._known}
+
+    def _read(self, view: InstanceView) -> _Read:
+        read = self._known.get(view.id)
+        observed_at, num_requests = view.observed_at, view.num_outstanding_requests
+        num_tokens, is_draining = view.num_outstanding_tokens, view.is_draining
+        if (
+            read is not None
+            and read[0] == observed_at
+            and read[1] == num_requests
+            and read[2] == num_tokens
+            and read[3] is is_draining
+        ):
+            return read
+        load = self._measure(view)
+        read = (observed_at, num_requests, num_tokens, is_draining, load, load.freeness)
+        self._known[view.id] = read
+        return read
+
+    def _measure(self, view: InstanceView) -> Load:
+        block_size = view.block_size
+        num_tokens_max = view.num_blocks * block_size
+        headroom = int(num_tokens_max * self._headroom_share)
+        running, waiting = view.running, view.waiting
+        if not running and not waiting:
+            return Load(num_tokens_max, *_untold(view), headroom=headroom, is_draining=view.is_draining)
+        num_tokens = num_high = num_in_prefill = 0
+        high_priority_max = self._high_priority_max
+        for sequence in running:
+            num_held, num_known = sequence.num_blocks * block_size, sequence.num_tokens
+            if num_held < num_known:
+                num_held = blocks_for(num_known, block_size) * block_size
+                num_in_prefill += num_known - 1
+            num_tokens += num_held
+            if sequence.priority <= high_priority_max:
+                num_high += 1
+        num_requests = len(running)
+        demands = [sequence.num_tokens for sequence in waiting]
+        num_untold = max(0, view.num_waiting - len(waiting))
+        num_demanded = sum(demands) + (num_untold * sum(demands) // len(demands) if demands else 0)
+        num_unknown = view.num_outstanding_requests - num_requests - len(waiting) - num_untold
+        if num_unknown > 0:
+            num_unseen = view.num_outstanding_tokens - num_requests - num_in_prefill - num_demanded
+            num_tokens += max(num_unknown, num_unseen)
+            num_requests += num_unknown
+        if self._whole_queue:
+            num_tokens += num_demanded
+            num_requests += len(waiting) + num_untold
+        elif demands:
+            num_tokens += blocks_for(demands[0], block_size) * block_size
+            num_requests += 1
+        return Load(num_tokens_max, num_tokens, num_requests, num_high, headroom, view.is_draining)
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that so many tokens need."""
+    return -(-num_tokens // block_size)
+
+
+def room_of(sequence: SequenceReport, block_size: int) -> int:
+    """Tokens of capacity that a running request uses: the blocks that it holds, or during its prefill those that it
+    will. An engine that computes a prompt at once gives it all of them on admission; one that chunks gives them bit by
+    bit, and looks free meanwhile."""
+    return max(sequence.num_blocks, blocks_for(sequence.num_tokens, block_size)) * block_size
+
+
+def _untold(view: InstanceView) -> tuple[int, int]:
+    """Usage and requests of an instance that does not tell of its sequences: its blocks that are not free, by the last
+    report, and the prompts that are outstanding there, which may overlap with those blocks. No class is seen."""
+    num_requests = view.num_outstanding_requests
+    if not num_requests:
+        return 0, 0
+    num_free = view.num_free_blocks
+    num_held = 0 if num_free is None or not view.num_running else (view.num_blocks - num_free) * view.block_size
+    return num_held + view.num_outstanding_tokens, num_requests
