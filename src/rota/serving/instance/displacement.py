@@ -13,6 +13,7 @@ def choose_displaced(
     token_budget: int,
     num_blocks_to_take: Callable[[SequenceView, Sequence[SequenceView]], int],
     num_blocks_freed: Callable[[Sequence[SequenceView]], int],
+    num_slots_aside: int = 0,
 ) -> list[SequenceView]:
     """The running sequences to preempt before this step, in that order; empty where none needs to go.
 
@@ -24,7 +25,7 @@ def choose_displaced(
     `num_blocks_freed(leaving)` says how many blocks preempting those running sequences gives back, and
     `num_blocks_to_take(w, leaving)` how many admitting `w` with all its known tokens takes once they have gone: what
     `w` shares with them alone is given back and taken again. The blocks that running sequences grow into in this step
-    are set aside first. Cost: O(waiting that outrank × running).
+    are set aside first. `num_slots_aside` slots are taken by nobody who runs. Cost: O(waiting that outrank × running).
     """
     limits = view.limits
     chunk_max = min(limits.long_prefill_token_threshold or token_budget, token_budget)
@@ -34,7 +35,7 @@ def choose_displaced(
     # Whoever stands first outranks most; in most steps it outranks nobody, and nothing needs to be counted.
     if waiting is None or not any(order.displaces(view, waiting, sequence) for sequence in running):
         return []
-    num_slots = limits.max_num_seqs - len(running)
+    num_slots = limits.max_num_seqs - len(running) - num_slots_aside
     num_tokens = token_budget - sum(min(sequence.num_pending_tokens, chunk_max) for sequence in running)
     num_blocks = view.num_free_blocks - sum(_growth(sequence, chunk_max, limits.block_size) for sequence in running)
     num_taken = 0

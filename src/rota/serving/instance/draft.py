@@ -85,6 +85,7 @@ class StepDraft:
                 [_own(sequence) for sequence in leaving],
             ),
             num_blocks_freed=lambda leaving: ledger.num_freed_by([_own(sequence) for sequence in leaving]),
+            num_slots_aside=self.view.moving.num_slots,
         )
         for victim in victims:
             sequence = _own(victim)
@@ -178,7 +179,7 @@ class StepDraft:
         view = self.view
         limits = view.limits
         num_running = len(view.running) - self.num_preempted + len(self.admitted)
-        if num_running >= limits.max_num_seqs:
+        if num_running + view.moving.num_slots >= limits.max_num_seqs:
             return Refusal.NO_SLOT
         if self.num_preempted and sequence in self.preempted:
             return Refusal.NOT_PENDING

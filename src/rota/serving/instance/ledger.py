@@ -107,7 +107,7 @@ class BlockLedger:
         self._runs: dict[str, Run] = {}
         self._found: dict[Any, list[Piece]] = {}
         """Hash to the pieces that carry it, oldest first: vLLM keeps duplicates and hits the oldest."""
-        self._undo: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
+        self._undo: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = None
 
     @property
     def num_available(self) -> int:
@@ -210,6 +210,14 @@ class BlockLedger:
         self.num_free -= num_new
         self._log(self._undo_take, num_new)
 
+    def trim(self, holding: Holding, num_tokens: int) -> None:
+        """Take back what a sequence holds beyond the blocks for `num_tokens` tokens, none of which is shared."""
+        num_left = holding.num_blocks - -(-num_tokens // self.block_size)
+        self._log(self._undo_admit, holding, holding.shared, holding.num_shared, holding.num_blocks)
+        self._log(self._undo_free, num_left)
+        holding.num_blocks -= num_left
+        self.num_free += num_left
+
     def publish(self, holding: Holding, num_tokens: int) -> None:
         """Make the full hashed blocks among the first `num_tokens` tokens findable, as vLLM does when it plans the step
         that fills them."""
@@ -232,8 +240,8 @@ class BlockLedger:
         that would have filled those blocks was called off."""
         while holding.num_shared > num_tokens // self.block_size:
             piece = holding.shared[-1]
-            self._undo_publish(holding, piece)
-            self._log(self._redo_publish, holding, piece)
+            place = self._undo_publish(holding, piece)
+            self._log(self._redo_publish, holding, piece, place)
 
     def release(self, holding: Holding, num_computed_tokens: int, *, will_return: bool) -> None:
         """Take all blocks from a sequence. With `will_return` (a preemption) it can find its private full blocks again
@@ -347,7 +355,7 @@ class BlockLedger:
             inverse(*arguments)
         self._sort()
 
-    def _log(self, inverse: Callable[..., None], *arguments: Any) -> None:
+    def _log(self, inverse: Callable[..., object], *arguments: Any) -> None:
         if self._undo is not None:
             self._undo.append((inverse, arguments))
 
@@ -379,15 +387,15 @@ class BlockLedger:
     def _undo_take(self, num_new: int) -> None:
         self.num_free += num_new
 
-    def _undo_publish(self, holding: Holding, piece: Piece) -> None:
+    def _undo_publish(self, holding: Holding, piece: Piece) -> int:
         holding.shared.pop()
         holding.num_shared -= piece.count
-        self._unfind(piece)
+        return self._unfind(piece)
 
-    def _redo_publish(self, holding: Holding, piece: Piece) -> None:
+    def _redo_publish(self, holding: Holding, piece: Piece, place: int) -> None:
         holding.shared.append(piece)
         holding.num_shared += piece.count
-        self._found.setdefault(piece.block_hash, []).append(piece)
+        self._found.setdefault(piece.block_hash, []).insert(place, piece)
 
     def _undo_free(self, count: int) -> None:
         self.num_free -= count

@@ -10,13 +10,14 @@ from rota.serving.instance.composition import StepComposition
 from rota.serving.instance.decodes import DecodeGroup
 from rota.serving.instance.draft import StepDraft
 from rota.serving.instance.ledger import BlockLedger
+from rota.serving.instance.moving import Moving, MovingEvent, in_order_of_admission
 from rota.serving.instance.sequence import Sequence
 from rota.serving.instance.steady import SteadyPass
 from rota.serving.instance.waiting import WaitingQueue
 from rota.serving.model.commands import EVERYBODY, REASONS_MAX, Grant, InstanceCommand, Reason, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceLimits
-from rota.serving.model.request import Request, RequestId
+from rota.serving.model.request import RequestId
 
 REPLANS_MAX = 64
 """Passes in a row that may preempt without granting anything before the machine calls it starvation."""
@@ -46,6 +47,9 @@ class InstanceMachine:
     There are two ways to the same plan. Whoever only decodes is in a group that advances by arithmetic, and while
     everybody who runs gets what it needs, a step costs what changes in it (`steady.py`). Where room or budget lacks, or
     for policies that must see every step, the batch policy composes the step sequence by sequence.
+
+    What is set aside for sequences that come and go (`moving.py`) may leave room for nobody. Then no step is ordered,
+    and the word that ends such a move brings the next one.
     """
 
     def __init__(
@@ -69,7 +73,8 @@ class InstanceMachine:
         self._ledger = BlockLedger(
             limits.num_blocks, limits.block_size, enable_prefix_caching=limits.enable_prefix_caching
         )
-        self._max_model_len = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        self.max_model_len = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        """Tokens that a sequence can have here, prompt and output."""
         self._sequences: dict[RequestId, Sequence] = {}
         self._in_flight: RunStep | None = None
         self._group = DecodeGroup(limits.block_size)
@@ -78,6 +83,9 @@ class InstanceMachine:
         self.composition = StepComposition()
         """What the step in flight holds in sum, for the world that must time it."""
         self._steady = SteadyPass.of(self, self._ledger, self._group, order, batch) if steady else None
+        self.moving = Moving(self, self._ledger)
+        self._unsaid: tuple[tuple[RequestId, ...], tuple[Reason, ...]] = ((), ())
+        """Who was preempted, and why, since the last command, in passes that ordered no step."""
         self._step_id = 0
         self._admissions = 0
         self._num_steps = 0
@@ -94,25 +102,26 @@ class InstanceMachine:
     # --- the Machine -------------------------------------------------------------------------------------------------
 
     def handle(self, event: InstanceEvent, now: Instant) -> SequenceOf[InstanceCommand]:
-        """Take one fact; returns the next step to run, a rejection, or nothing."""
+        """Take one fact; returns what is to be said of it, and the next step to run if there is one."""
         if now < self.now:
             raise LawBroken(f"law 5: an instance was told of {now} after {self.now}")
         self.now = now
         if isinstance(event, StepFinished):
             self._finish_step(event)
-            return self._plan()
+            return [*self.moving.step_ended(), *self._plan()]
         if isinstance(event, SequenceArrived):
-            reason = self._why_never(event.request)
+            reason = self._why_never(event)
             if reason is not None:
                 return [RejectSequence(event.request.id, reason)]
-            sequence = Sequence(event.request, self.limits.block_size)
-            self._sequences[sequence.id] = sequence
-            self.waiting.append(sequence)
-            self._unsettle()
+            self._arrive(event)
             return self._plan() if self._in_flight is None else ()
         if isinstance(event, SequenceAborted):
-            self._abort(event.request_id)
-            return ()
+            answers = self._abort(event.request_id)
+            return answers if self._in_flight is not None else [*answers, *self._plan()]
+        if isinstance(event, MovingEvent):
+            self._unsettle()
+            answers = self.moving.handle(event)
+            return answers if self._in_flight is not None else [*answers, *self._plan()]
         raise LawBroken(f"an instance cannot handle {type(event).__name__}")
 
     def next_deadline(self) -> Instant | None:
@@ -127,13 +136,18 @@ class InstanceMachine:
 
     def check(self) -> None:
         """Audit the blocks and the queues (laws 1, 3 and 4)."""
-        self._ledger.audit(list(self._sequences.values()))
-        if len(self.running) + len(self.waiting) != len(self._sequences):
+        moving = self.moving
+        self._ledger.audit([*self._sequences.values(), *moving.rooms.values()])
+        if len(self.running) + len(self.waiting) + len(moving.resting) != len(self._sequences):
             raise LawBroken(
-                f"law 1: {len(self.running)} running + {len(self.waiting)} waiting is not {len(self._sequences)} known"
+                f"law 1: {len(self.running)} running + {len(self.waiting)} waiting + {len(moving.resting)} resting is "
+                f"not {len(self._sequences)} known"
             )
-        if len(self.running) > self.limits.max_num_seqs:
-            raise LawBroken(f"law 4: {len(self.running)} sequences run, {self.limits.max_num_seqs} may")
+        if len(self.running) + moving.num_slots > self.limits.max_num_seqs:
+            raise LawBroken(
+                f"law 4: {len(self.running)} sequences run and {moving.num_slots} slots are set aside, "
+                f"{self.limits.max_num_seqs} may"
+            )
         for sequence in self.running:
             if sequence.num_computed_tokens > sequence.num_blocks * self.limits.block_size:
                 raise LawBroken(f"law 3: {sequence!r} has more tokens than slots")
@@ -153,30 +167,50 @@ class InstanceMachine:
         """A sequence that has not ended, for the world's bookkeeping and for tests; read only."""
         return self._sequences.get(request_id)
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step is in flight."""
+        return self._in_flight is not None
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _why_never(self, request: Request) -> str | None:
+    def _why_never(self, event: SequenceArrived) -> str | None:
+        request = event.request
+        num_tokens = request.num_prompt_tokens + event.num_output_tokens
         if request.id in self._sequences:
             return f"a request with id {request.id} is here already"
         if request.num_prompt_tokens < 1 or request.max_tokens < 1:
             return "a request needs at least one prompt token and one output token"
-        if request.num_prompt_tokens >= self._max_model_len:
+        if request.num_prompt_tokens >= self.max_model_len:
             return (
                 f"the prompt has {request.num_prompt_tokens} tokens, and this instance takes "
-                f"{self._max_model_len - 1} at most"
+                f"{self.max_model_len - 1} at most"
             )
+        if num_tokens >= self.max_model_len:
+            return f"it has {num_tokens} tokens already, and this instance takes {self.max_model_len - 1} at most"
         return None
 
-    def _abort(self, request_id: RequestId) -> None:
+    def _arrive(self, event: SequenceArrived) -> None:
+        sequence = Sequence(event.request, self.limits.block_size)
+        if event.num_output_tokens:
+            sequence.num_tokens += event.num_output_tokens
+            sequence.move("replayed")
+        self._sequences[sequence.id] = sequence
+        self.waiting.append(sequence)
+        self._unsettle()
+
+    def _abort(self, request_id: RequestId) -> list[InstanceCommand]:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
-            return
+            return []
         self._unsettle()
         if sequence.state == "running":
             self._stop(sequence)
-        else:
+        elif sequence.state != "resting":
             self.waiting.remove(sequence)
+        answers = self.moving.aborted(sequence)
         sequence.move("aborted")
+        return answers
 
     def _finish_step(self, event: StepFinished) -> None:
         step = self._in_flight
@@ -213,13 +247,34 @@ class InstanceMachine:
             left.append(sequence)
         self.apart = left
 
-    def _stop(self, sequence: Sequence) -> None:
-        """Take a running sequence that has ended out of everything."""
+    def take_out(self, sequence: Sequence) -> None:
+        """Take a running sequence out of those who run; its blocks stay its own."""
         self.running.remove(sequence)
         if sequence.is_paced:
             self._group.leave(sequence)
         else:
             self.apart.remove(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Have a sequence that was taken out run again, in its old place."""
+        in_order_of_admission(self.running, sequence)
+        in_order_of_admission(self.apart, sequence)
+
+    def take_in(self, sequence: Sequence) -> None:
+        """Have a sequence run that came with its KV, as the last that was admitted."""
+        self._sequences[sequence.id] = sequence
+        sequence.admitted_seq = self._admissions
+        self._admissions += 1
+        self.running.append(sequence)
+        self.apart.append(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop a sequence that is on none of the lists any more."""
+        del self._sequences[sequence.id]
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a running sequence that has ended out of everything."""
+        self.take_out(sequence)
         self._ledger.release(sequence, sequence.num_computed_tokens, will_return=False)
 
     def step_back(self, sequence: Sequence) -> None:
@@ -233,9 +288,9 @@ class InstanceMachine:
         self.waiting.prepend(sequence)
 
     def _plan(self) -> SequenceOf[InstanceCommand]:
-        if not self._sequences:
+        if not self.running and not len(self.waiting):
             return ()
-        if self._steady is not None:
+        if self._steady is not None and not self._unsaid[0]:
             planned = self._steady.plan()
             if planned is not None:
                 return [self._command(*planned)]
@@ -251,8 +306,8 @@ class InstanceMachine:
         self._unsettle()
         self._group.dissolve()
         self.apart = list(self.running)
-        preempted: list[RequestId] = []
-        reasons: list[Reason] = []
+        preempted, reasons = list(self._unsaid[0]), list(self._unsaid[1])
+        self._unsaid = ((), ())
         for _ in range(REPLANS_MAX):
             draft = StepDraft(self, self._ledger, self._memory)
             self._ledger.begin()
@@ -278,6 +333,9 @@ class InstanceMachine:
                 return [self._command(grants, reasons, draft.token_budget, tuple(preempted), draft.num_preempted)]
             if not draft.preempted:
                 break
+        if self.moving.num_slots:
+            self._unsaid = (tuple(preempted), tuple(reasons) if preempted else ())
+            return ()
         head = next(iter(self.waiting), None) or self.running[0]
         raise StarvationError(
             f"the batch policy granted nothing, though {len(self.running)} sequences run and {len(self.waiting)} wait; "

@@ -8,14 +8,26 @@ from rota.serving.model.request import Request
 SEQUENCE = TransitionTable(
     "sequence",
     {
-        "waiting": {"admitted": "running", "aborted": "aborted"},
-        "running": {"preempted": "preempted", "finished": "finished", "aborted": "aborted"},
+        "waiting": {
+            "admitted": "running",
+            "adopted": "running",
+            "replayed": "preempted",
+            "aborted": "aborted",
+        },
+        "running": {
+            "preempted": "preempted",
+            "stopped": "resting",
+            "finished": "finished",
+            "aborted": "aborted",
+        },
         "preempted": {"admitted": "running", "aborted": "aborted"},
+        "resting": {"resumed": "running", "left": "left", "aborted": "aborted"},
         "finished": {},
         "aborted": {},
+        "left": {},
     },
     initial="waiting",
-    final={"finished", "aborted"},
+    final={"finished", "aborted", "left"},
 )
 
 
