@@ -379,17 +379,17 @@ PLANTED = {
     "a credit forgets the tokens": (
         InstanceLedger,
         "credit",
-        lambda self, request_id: self._num_tokens_of.pop(request_id),
+        lambda self, request_id: not self._num_tokens_of.pop(request_id),
     ),
     "a debit leaves the prompt out": (
         InstanceLedger,
         "debit",
-        lambda self, request: self._num_tokens_of.update({request.id: 0}),
+        lambda self, request_id, num_tokens, is_resuming: self._num_tokens_of.update({request_id: 0}),
     ),
     "a first token leaves the sum": (
         InstanceLedger,
         "first_token",
-        lambda self, request_id: self._num_tokens_of.update({request_id: 1}),
+        lambda self, request_id: bool(self._num_tokens_of.update({request_id: 1})),
     ),
     "an older report is kept": (
         InstanceLedger,
@@ -404,7 +404,7 @@ PLANTED = {
     "a lost instance stays ready": (
         ClusterMachine,
         "_instance_left",
-        lambda self, instance_id, event: None,
+        lambda self, instance_id, event: (),
     ),
 }
 

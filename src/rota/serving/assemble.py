@@ -86,7 +86,9 @@ def build(config: SystemConfig) -> System:
 def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
     """The router's machine with the stack's policies."""
     policies = cluster_policies(stack, RandomStreams(seed))
-    return ClusterMachine(policies.dispatch, policies.admission, prefix_index=PrefixIndex())
+    return ClusterMachine(
+        policies.dispatch, policies.admission, prefix_index=PrefixIndex(), migration=policies.migration
+    )
 
 
 def build_instance(stack: StackConfig, spec: InstanceSpec) -> InstanceMachine:

@@ -18,6 +18,7 @@ class InstanceLedger:
 
     __slots__ = (
         "_num_tokens_of",
+        "_resuming",
         "id",
         "max_prompt_tokens",
         "num_migrations",
@@ -40,15 +41,26 @@ class InstanceLedger:
         self.num_migrations = 0
         """Under way, from here or to here."""
         self._num_tokens_of: dict[RequestId, int] = {}
+        self._resuming: set[RequestId] = set()
         self.view = InstanceReading(self, prefix_index)
 
     @property
     def num_outstanding_requests(self) -> int:
         return len(self._num_tokens_of)
 
+    @property
+    def num_resuming(self) -> int:
+        """Resumed here, and the next token was not seen yet."""
+        return len(self._resuming)
+
     def still_here(self, reported: Sequence[SequenceReport]) -> Sequence[SequenceReport]:
         """Those of a report that have not ended or left since, as far as the router knows."""
         return [each for each in reported if each.request_id in self._num_tokens_of]
+
+    def num_tokens_reported(self, request_id: RequestId) -> int:
+        """Known tokens of one who runs here, by the last report; 0 where that does not tell of it."""
+        running = () if self.report is None else self.report.running
+        return next((each.num_tokens for each in running if each.request_id == request_id), 0)
 
     @property
     def outstanding(self) -> Iterator[RequestId]:
@@ -68,19 +80,31 @@ class InstanceLedger:
         self.max_prompt_tokens = max_prompt_tokens(spec)
         self.report = None
 
-    def debit(self, request: Request) -> None:
-        """The request was dispatched here: its whole prompt is outstanding."""
-        self._num_tokens_of[request.id] = request.num_prompt_tokens
-        self.num_outstanding_tokens += request.num_prompt_tokens
+    def debit(self, request_id: RequestId, num_tokens: int, *, is_resuming: bool = False) -> None:
+        """The request came here: so many tokens of it are outstanding."""
+        self._num_tokens_of[request_id] = num_tokens
+        self.num_outstanding_tokens += num_tokens
+        if is_resuming:
+            self._resuming.add(request_id)
 
-    def first_token(self, request_id: RequestId) -> None:
-        """The prompt is computed: what is left of it is one token a step."""
+    def first_token(self, request_id: RequestId) -> bool:
+        """The known tokens are computed: what is left of the request is one token a step. Returns whether it was
+        resumed here, and its place is free for the next one."""
         self.num_outstanding_tokens += 1 - self._num_tokens_of[request_id]
         self._num_tokens_of[request_id] = 1
+        return self._resumed(request_id)
 
-    def credit(self, request_id: RequestId) -> None:
-        """The request ended here, however it did."""
+    def credit(self, request_id: RequestId) -> bool:
+        """The request ended here or left, however it did. Returns whether its next token was still waited for after
+        it was resumed here, so that its place is free for the next one."""
         self.num_outstanding_tokens -= self._num_tokens_of.pop(request_id)
+        return self._resumed(request_id)
+
+    def _resumed(self, request_id: RequestId) -> bool:
+        if request_id not in self._resuming:
+            return False
+        self._resuming.remove(request_id)
+        return True
 
     def take_report(self, report: InstanceReport) -> None:
         """Keep a report if it is news: taken after the last one kept, and after the last restart."""

@@ -1,18 +1,22 @@
-"""The router's brain: admit, hold, dispatch, retry, and account for every request until it ends.
+"""The router's brain: admit, hold, dispatch, retry, resume, move, and account for every request until it ends.
 
-One request has one owner and one end. What the host owes in return for a `Dispatch` is exactly one `RequestFinished` or
-`RequestFailed` for that attempt, also when the instance is lost; events about an attempt that is over are ignored.
+One request has one owner and one end. What the host owes in return for a `Dispatch` is a `FirstTokenSeen` when its next
+token passes and exactly one `RequestFinished` or `RequestFailed` for that attempt, also when the instance is lost;
+events about an attempt that is over are ignored. What it owes while a request moves is in
+`rota.serving.cluster.migration`; from `HandedOver` on the attempt is the destination's.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import assert_never
 
-from rota.base.errors import ConfigError, LawBroken, PolicyError, RotaError
+from rota.base.errors import ConfigError, LawBroken
 from rota.base.instant import Duration, Instant, after, seconds, to_seconds
-from rota.serving.api import AdmissionPolicy, DispatchPolicy, InstanceView, Pick
-from rota.serving.cluster.ledger import ClusterReading, InstanceLedger
+from rota.serving.api import AdmissionPolicy, DispatchPolicy, InstanceView, MigrationPolicy, Move, Pick
+from rota.serving.cluster.answers import ask_admission, ask_dispatch, ask_migration
+from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, InstanceState, RequestState
+from rota.serving.cluster.migration import Cause, MigrationBook, MigrationCounts, MigrationLimits
 from rota.serving.cluster.prefix_index import PrefixIndex
 from rota.serving.cluster.tracked import ClusterCounts, TrackedRequest
 from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Hold, Reject
@@ -33,7 +37,7 @@ from rota.serving.model.events import (
     RequestFinished,
     RoomReserved,
 )
-from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
+from rota.serving.model.instance import InstanceId, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 
 
@@ -46,7 +50,13 @@ class ClusterMachine:
     * **Hold.** At most `max_queued` arrivals are held, each for `hold_timeout` at most; then 503 with `retry_after`.
       Requests that come back from a failed attempt were accepted already, so they are held beyond that bound.
     * **Failure.** Before the first token a retryable failure is dispatched again, up to `max_attempts` in all, away
-      from the instances that failed this request unless no other can take it. After the first token it ends in `Fail`.
+      from the instances that failed this request unless no other can take it. After the first token it ends in `Fail`,
+      unless the host says from which token on it can be resumed: then it goes on at an engine that can do that, up to
+      `max_resumptions` times. So that those who come back do not melt the rest, an instance is given no more than
+      `max_resuming_per_instance` of them whose next token was not seen; the others are held, ahead of their class.
+    * **Migration.** While work is unfinished and two instances are there, the migration policy is asked every
+      `interval_seconds`, and each of its moves that still can be is begun. It stops to be asked when for `patience` no
+      request arrived, was heard of or ended: what stands still is not brought on by looking at it.
     * **Instances.** `InstanceLost` stops new dispatches; the host reports the lost requests one by one with
       `RequestFailed`. Facts about a request that still crossed the loss (it had finished after all) are believed.
       `InstanceStarted` for an instance that is known means that it came back with nothing cached. A lost or draining
@@ -70,6 +80,11 @@ class ClusterMachine:
         retry_after: Duration = seconds(5),
         prefix_index: PrefixIndex | None = None,
         num_recent: int = 10_000,
+        migration: MigrationPolicy | None = None,
+        migration_limits: MigrationLimits = MigrationLimits(),
+        max_resumptions: int = 3,
+        max_resuming_per_instance: int = 8,
+        patience: Duration = seconds(600),
     ) -> None:
         """`retry_after` is what a client is told when no instance could take its request. `num_recent` is how many
         ended requests are remembered to recognise an id that arrives again. Without `prefix_index` no instance has
@@ -78,13 +93,21 @@ class ClusterMachine:
             raise ConfigError(f"max_attempts must be at least 1, not {max_attempts}")
         if max_queued < 0:
             raise ConfigError(f"max_queued must be at least 0 requests, not {max_queued}")
+        if max_resumptions < 0:
+            raise ConfigError(f"max_resumptions must be at least 0, not {max_resumptions}")
+        if max_resuming_per_instance < 1:
+            raise ConfigError(f"max_resuming_per_instance must be at least 1, not {max_resuming_per_instance}")
         self._dispatch_policy = dispatch
         self._admission_policy = admission
+        self._migration_policy = migration
+        self._ask_every = Duration(0) if migration is None else seconds(migration.interval_seconds)
+        self._patience = patience
         self._max_attempts = max_attempts
+        self._max_resumptions = max_resumptions
+        self._max_resuming = max_resuming_per_instance
         self._max_queued = max_queued
         self._hold_timeout = hold_timeout
         self._retry_after = retry_after
-        self._prefix_index = prefix_index
         self._num_recent = num_recent
 
         self._now: Instant | None = None
@@ -95,18 +118,29 @@ class ClusterMachine:
         self._num_arrived = 0
         self._num_ended = dict.fromkeys(REQUEST_LIFECYCLE.final, 0)
 
-        self._ledgers: dict[InstanceId, InstanceLedger] = {}
-        self._ready: tuple[InstanceLedger, ...] = ()
-        self._ready_views: tuple[InstanceView, ...] = ()
-        self._max_prompt_everywhere = 0
-        """Prompt tokens that every ready instance can take."""
-        self._max_prompt_anywhere: int | None = None
-        """Prompt tokens that the largest instance ever seen can take; None before the first."""
+        self._num_resumed = 0
+
+        self._instances = InstanceBook(prefix_index)
+        self._migrations = MigrationBook(self._instances, migration_limits)
+        self._ask_at: Instant | None = None
+        self._progressed_at = Instant(0)
 
     # --- the machine protocol ----------------------------------------------------------------------------------------
 
     def handle(self, event: ClusterEvent, now: Instant) -> Sequence[ClusterCommand]:
         self._advance(now)
+        commands = self._take(event, now)
+        if self._instances.is_place_free:
+            self._instances.is_place_free = False
+            if self._held:
+                commands = [*commands, *self._dispatch_held(now)]
+        if self._ask_every:
+            if not isinstance(event, _NO_PROGRESS):
+                self._progressed_at = now
+            self._keep_asking(now)
+        return commands
+
+    def _take(self, event: ClusterEvent, now: Instant) -> Sequence[ClusterCommand]:
         match event:
             case RequestArrived():
                 return self._arrive(event.request, now)
@@ -114,45 +148,59 @@ class ClusterMachine:
                 tracked = self._owned(event.request_id, event.instance_id)
                 if tracked is not None and tracked.state == RequestState.ASSIGNED:
                     tracked.move("first_token")
-                    self._ledgers[event.instance_id].first_token(event.request_id)
+                    self._instances.first_token(tracked)
                 return ()
             case RequestFinished():
                 tracked = self._owned(event.request_id, event.instance_id)
-                if tracked is not None:
-                    self._end(tracked, "finished")
-                return ()
+                if tracked is None:
+                    return ()
+                commands = self._migrations.abort_of(event.request_id, Cause.REQUEST_ENDED, "it ended at its source")
+                self._end(tracked, "finished")
+                return commands
             case RequestFailed():
                 return self._attempt_failed(event, now)
             case InstanceReported():
-                self._take_report(event.report, now)
+                self._instances.take_report(event.report, now)
                 return ()
             case ClientLeft():
                 return self._client_left(event.request_id)
             case InstanceStarted():
                 return self._instance_started(event.spec, now)
             case InstanceLost():
-                self._instance_left(event.instance_id, "lost")
-                return ()
+                return self._instance_left(event.instance_id, "lost")
             case InstanceDraining():
-                self._instance_left(event.instance_id, "draining")
-                return ()
+                return self._instance_left(event.instance_id, "draining")
             case RoomReserved() | CopyStarted() | CopyCaughtUp() | HandedOver() | MigrationFailed():
-                return ()
+                return self._migrations.take(event, now)
             case _:
                 assert_never(event)
 
     def next_deadline(self) -> Instant | None:
-        return next(iter(self._held.values()), None)
+        held_at = next(iter(self._held.values()), None)
+        if not self._ask_every:
+            return held_at
+        deadlines = (held_at, self._migrations.next_deadline(), self._ask_at)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def expire(self, now: Instant) -> Sequence[ClusterCommand]:
         self._advance(now)
+        # First, so that a policy that raises leaves no trace but that it was asked.
+        moves = self._ask_what_to_move(now)
+        commands = self._migrations.expire(now)
         overdue = []
         for request_id, deadline_at in self._held.items():
             if deadline_at > now:
                 break
             overdue.append(self._requests[request_id])
         waited = f"no instance could take the request within {to_seconds(self._hold_timeout):g} s"
-        return [self._give_up(tracked, waited) for tracked in overdue]
+        commands += [self._give_up(tracked, waited) for tracked in overdue]
+        for move in moves:
+            begun = self._migrations.begin(move, self._requests.get(move.request_id), now)
+            if begun is not None:
+                commands.append(begun)
+        if self._ask_every:
+            self._keep_asking(now)
+        return commands
 
     def check(self) -> None:
         counts = self.counts()
@@ -160,24 +208,9 @@ class ClusterMachine:
         num_ended = counts.num_finished + counts.num_rejected + counts.num_failed + counts.num_aborted
         if num_unfinished != len(self._requests) or counts.num_arrived != num_unfinished + num_ended:
             raise LawBroken(f"law 1: {counts.num_arrived} requests arrived, but {counts} does not add up to that")
-        for ledger in self._ledgers.values():
-            recount = 0
-            for request_id in ledger.outstanding:
-                tracked = self._requests.get(request_id)
-                if tracked is None or tracked.instance_id != ledger.id:
-                    owner = None if tracked is None else tracked.instance_id
-                    raise LawBroken(f"law 1: {request_id} is outstanding at {ledger.id}, but its owner is {owner}")
-                recount += 1 if tracked.state == RequestState.RUNNING else tracked.request.num_prompt_tokens
-            if recount != ledger.num_outstanding_tokens:
-                raise LawBroken(
-                    f"law 1: {ledger.id} counts {ledger.num_outstanding_tokens} outstanding tokens, "
-                    f"its requests {recount}"
-                )
-        # Each outstanding request is owned where it is counted, so equal numbers mean that nobody is owned uncounted.
-        num_outstanding = sum(ledger.num_outstanding_requests for ledger in self._ledgers.values())
-        if num_outstanding != counts.num_assigned + counts.num_running:
-            raise LawBroken(f"law 1: {num_outstanding} requests are outstanding at instances, but {counts}")
-        self._check_bounds(counts)
+        self._instances.check(self._requests, counts.num_assigned + counts.num_running)
+        self._migrations.check(self._requests)
+        self._check_bounds()
 
     def unfinished(self) -> Sequence[RequestId]:
         return list(self._requests)
@@ -198,7 +231,12 @@ class ClusterMachine:
             num_rejected=self._num_ended[RequestState.REJECTED],
             num_failed=self._num_ended[RequestState.FAILED],
             num_aborted=self._num_ended[RequestState.ABORTED],
+            num_resumed=self._num_resumed,
         )
+
+    def migration_counts(self) -> MigrationCounts:
+        """How many migrations were begun, committed and given up, and how many moves were dropped."""
+        return self._migrations.counts()
 
     def owner(self, request_id: RequestId) -> InstanceId | None:
         """The instance that has the request now; None if it is held, ended or unknown."""
@@ -207,11 +245,11 @@ class ClusterMachine:
 
     def instance_states(self) -> dict[InstanceId, InstanceState]:
         """Every instance that is not forgotten, by id, and its state."""
-        return {ledger.id: InstanceState(ledger.state) for ledger in _by_id(self._ledgers.values())}
+        return self._instances.states()
 
     def instance_views(self) -> Sequence[InstanceView]:
         """The ready instances by id, as policies see them."""
-        return self._ready_views
+        return self._instances.ready_views
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -230,7 +268,7 @@ class ClusterMachine:
                 503,
                 self._retry_after,
             )
-        pick = self._pick(request, candidates, now) if candidates else None
+        pick = ask_dispatch(self._dispatch_policy, request, candidates, now) if candidates else None
 
         self._num_arrived += 1
         self._requests[request.id] = tracked
@@ -243,75 +281,57 @@ class ClusterMachine:
 
     def _refusal_at_the_door(self, tracked: TrackedRequest, now: Instant) -> Reject | None:
         request = tracked.request
-        if self._max_prompt_anywhere is not None and request.num_prompt_tokens > self._max_prompt_anywhere:
+        largest = self._instances.max_prompt_anywhere
+        if largest is not None and request.num_prompt_tokens > largest:
             return self._never_fits(request)
-        policy = self._admission_policy
-        try:
-            admission = policy.admit(request, ClusterReading(now, self._ready_views), len(self._requests))
-        except RotaError:
-            raise
-        except Exception as error:
-            raise _broken(policy, f"raised {error!r}", request) from error
+        ready = self._instances.ready_views
+        admission = ask_admission(self._admission_policy, request, ready, len(self._requests), now)
         if admission.admitted:
             tracked.admission = admission.reason
             return None
-        if not admission.reason:
-            raise _broken(policy, "refused without a reason (law 11)", request)
         delay = admission.retry_after_seconds
         return Reject(request.id, admission.reason, admission.status, None if delay is None else seconds(delay))
 
     def _never_fits(self, request: Request) -> Reject:
         reason = (
             f"the prompt has {request.num_prompt_tokens} tokens, and the largest instance takes at most "
-            f"{self._max_prompt_anywhere} with room for one token of output"
+            f"{self._instances.max_prompt_anywhere} with room for one token of output"
         )
         return Reject(request.id, reason, 400)
 
     def _candidates(self, tracked: TrackedRequest) -> Sequence[InstanceView]:
-        """Ready instances that the request fits, without those that failed it while there are others; by id."""
-        num_prompt_tokens = tracked.request.num_prompt_tokens
-        if num_prompt_tokens <= self._max_prompt_everywhere and not tracked.failures:
-            return self._ready_views
-        fitting = [ledger.view for ledger in self._ready if num_prompt_tokens <= ledger.max_prompt_tokens]
-        failed = {instance_id for instance_id, _ in tracked.failures}
-        return [view for view in fitting if view.id not in failed] or fitting
-
-    def _pick(self, request: Request, candidates: Sequence[InstanceView], now: Instant) -> Pick:
-        policy = self._dispatch_policy
-        try:
-            pick = policy.pick(request, ClusterReading(now, candidates))
-        except RotaError:
-            raise
-        except Exception as error:
-            raise _broken(policy, f"raised {error!r}", request) from error
-        if not any(view.id == pick.instance_id for view in candidates):
-            offered = ", ".join(view.id for view in candidates)
-            raise _broken(policy, f"picked {pick.instance_id!r}, which is not among {offered}", request)
-        if not pick.reason:
-            raise _broken(policy, f"picked {pick.instance_id!r} without a reason", request)
-        return pick
+        return self._instances.candidates(tracked, self._max_resuming)
 
     def _dispatch(self, tracked: TrackedRequest, pick: Pick) -> Dispatch:
         tracked.move("dispatched")
-        tracked.instance_id = pick.instance_id
         tracked.num_attempts += 1
-        self._ledgers[pick.instance_id].debit(tracked.request)
-        if self._prefix_index is not None:
-            self._prefix_index.record(tracked.request, pick.instance_id)
+        self._instances.assign(tracked, pick.instance_id)
         reason = pick.reason
         if tracked.failures:
             failed_on, why = tracked.failures[-1]
-            reason = (
-                f"attempt {tracked.num_attempts} of {self._max_attempts}, since {failed_on} failed ({why}): {reason}"
-            )
+            of_all = f"attempt {tracked.num_attempts} of {self._max_attempts}"
+            if tracked.num_resumptions:
+                times = f"resumption {tracked.num_resumptions} of {self._max_resumptions}"
+                of_all = f"{times}, after {tracked.num_output_tokens} tokens"
+            reason = f"{of_all}, since {failed_on} failed ({why}): {reason}"
         admission, tracked.admission = tracked.admission, ""
-        return Dispatch(tracked.request.id, pick.instance_id, reason, tracked.num_attempts, pick.scores, admission)
+        return Dispatch(
+            tracked.request.id,
+            pick.instance_id,
+            reason,
+            tracked.num_attempts,
+            pick.scores,
+            admission,
+            tracked.num_output_tokens,
+        )
 
     def _hold(self, tracked: TrackedRequest, now: Instant) -> Hold:
         request = tracked.request
         self._held[request.id] = after(now, self._hold_timeout)
-        num_ready = len(self._ready)
-        why = f"none of {num_ready} takes {request.num_prompt_tokens} prompt tokens" if num_ready else "none is ready"
+        num_ready = len(self._instances.ready)
+        what = f"{tracked.num_tokens} tokens that go on" if tracked.num_resumptions else None
+        what = what or f"{request.num_prompt_tokens} prompt tokens"
+        why = f"none of {num_ready} takes {what}" if num_ready else "none is ready"
         admission, tracked.admission = tracked.admission, ""
         return Hold(request.id, f"no instance can take it: {why}", admission)
 
@@ -321,10 +341,10 @@ class ClusterMachine:
         for tracked in sorted((self._requests[request_id] for request_id in self._held), key=_hold_order):
             candidates = self._candidates(tracked)
             if candidates:
-                pick = self._pick(tracked.request, candidates, now)
+                pick = ask_dispatch(self._dispatch_policy, tracked.request, candidates, now)
                 del self._held[tracked.request.id]
                 commands.append(self._dispatch(tracked, pick))
-            elif tracked.request.num_prompt_tokens > (self._max_prompt_anywhere or 0):
+            elif tracked.request.num_prompt_tokens > (self._instances.max_prompt_anywhere or 0):
                 self._end(tracked, "rejected")
                 commands.append(self._never_fits(tracked.request))
         return commands
@@ -333,31 +353,56 @@ class ClusterMachine:
         tracked = self._owned(event.request_id, event.instance_id)
         if tracked is None:
             return ()
-        failure = f"{event.instance_id}: {event.reason or 'no reason given'}"
+        commands = self._migrations.abort_of(event.request_id, Cause.REQUEST_FAILED, "its source failed it")
+        refusal = self._refusal_to_go_on(tracked, event)
+        if refusal is not None:
+            return [*commands, self._fail(tracked, refusal)]
+        tracked.num_output_tokens = max(tracked.num_output_tokens, event.num_output_tokens or 0)
         if tracked.state == RequestState.RUNNING:
-            return (self._fail(tracked, f"the instance failed after the first token ({failure})"),)
-        if not event.retryable:
-            return (self._fail(tracked, f"the instance refused the request ({failure})"),)
-        tracked.failures += ((event.instance_id, event.reason or "no reason given"),)
-        if tracked.num_attempts >= self._max_attempts:
-            return (self._fail(tracked, f"all {tracked.num_attempts} attempts failed"),)
-        tracked.move("retried")
-        self._release(tracked)
+            tracked.move("resumed")
+            tracked.num_resumptions += 1
+            self._num_resumed += 1
+        else:
+            tracked.move("retried")
+        self._instances.release(tracked)
         held = self._hold(tracked, now)
         candidates = self._candidates(tracked)
         if not candidates:
-            return (held,)
-        pick = self._pick(tracked.request, candidates, now)
+            return [*commands, held]
+        pick = ask_dispatch(self._dispatch_policy, tracked.request, candidates, now)
         del self._held[tracked.request.id]
-        return (self._dispatch(tracked, pick),)
+        return [*commands, self._dispatch(tracked, pick)]
+
+    def _refusal_to_go_on(self, tracked: TrackedRequest, event: RequestFailed) -> str | None:
+        """Why a failed attempt was the last one; None if there may be another. Notes the failure."""
+        why = event.reason or "no reason given"
+        failure = f"{event.instance_id}: {why}"
+        num_tokens = event.num_output_tokens
+        is_running = tracked.state == RequestState.RUNNING
+        if is_running and (num_tokens is None or not event.retryable or not tracked.request.movable):
+            return f"the instance failed after the first token ({failure})"
+        if not event.retryable:
+            return f"the instance refused the request ({failure})"
+        tracked.failures += ((event.instance_id, why),)
+        if not is_running:
+            is_last = tracked.num_attempts - tracked.num_resumptions >= self._max_attempts
+            return f"all {tracked.num_attempts} attempts failed" if is_last else None
+        if tracked.num_resumptions >= self._max_resumptions:
+            return f"it was resumed {tracked.num_resumptions} times, and failed again"
+        known = tracked.request.num_prompt_tokens + (num_tokens or 0)
+        if known > (self._instances.max_prompt_anywhere or 0):
+            return f"no instance can go on with {known} tokens"
+        return None
 
     def _client_left(self, request_id: RequestId) -> Sequence[ClusterCommand]:
         tracked = self._requests.get(request_id)
         if tracked is None:
             return ()
-        instance_id = tracked.instance_id
+        commands = self._migrations.abort_of(request_id, Cause.CLIENT_LEFT, "the client left")
+        if tracked.instance_id is not None:
+            commands.append(Abort(request_id, tracked.instance_id, "the client left"))
         self._end(tracked, "aborted")
-        return () if instance_id is None else (Abort(request_id, instance_id, "the client left"),)
+        return commands
 
     def _give_up(self, tracked: TrackedRequest, reason: str) -> Reject | Fail:
         """End a held request. One that was tried did not only meet a closed door: it failed."""
@@ -381,67 +426,48 @@ class ClusterMachine:
         request_id = tracked.request.id
         tracked.move(event)
         self._num_ended[tracked.state] += 1
-        self._release(tracked)
+        self._instances.release(tracked)
         self._held.pop(request_id, None)
         del self._requests[request_id]
         self._recent[request_id] = None
         if len(self._recent) > self._num_recent:
             self._recent.popitem(last=False)
 
-    def _release(self, tracked: TrackedRequest) -> None:
-        """Take the request off its instance's account."""
-        if tracked.instance_id is not None:
-            ledger = self._ledgers[tracked.instance_id]
-            tracked.instance_id = None
-            ledger.credit(tracked.request.id)
-            self._forget_if_over(ledger)
-
     # --- instances ---------------------------------------------------------------------------------------------------
 
     def _instance_started(self, spec: InstanceSpec, now: Instant) -> Sequence[ClusterCommand]:
-        ledger = self._ledgers.get(spec.id)
-        if ledger is None:
-            ledger = self._ledgers[spec.id] = InstanceLedger(spec.id, spec, self._prefix_index)
-        ledger.start(spec, now)
-        if self._prefix_index is not None:
-            num_blocks = spec.limits.num_blocks if spec.limits.enable_prefix_caching else 0
-            self._prefix_index.add_instance(spec.id, num_blocks, spec.limits.block_size)
-        self._max_prompt_anywhere = max(self._max_prompt_anywhere or 0, ledger.max_prompt_tokens)
-        self._refresh_ready()
-        return self._dispatch_held(now)
+        # One that came back has nothing of what was on its way from it or to it.
+        commands = self._migrations.abort_at(spec.id, f"{spec.id} started anew", as_source=True)
+        self._instances.start(spec, now)
+        return commands + self._dispatch_held(now)
 
-    def _instance_left(self, instance_id: InstanceId, event: str) -> None:
-        ledger = self._ledgers.get(instance_id)
+    def _instance_left(self, instance_id: InstanceId, event: str) -> Sequence[ClusterCommand]:
+        ledger = self._instances.ledgers.get(instance_id)
         if ledger is None:
-            return
+            return ()
         ledger.move(event)
-        self._refresh_ready()
-        self._forget_if_over(ledger)
+        self._instances.refresh()
+        is_lost = ledger.state == InstanceState.LOST
+        reason = f"{instance_id} {'was lost' if is_lost else 'drains'}"
+        commands = self._migrations.abort_at(instance_id, reason, as_source=is_lost)
+        self._instances.forget_if_over(ledger)
+        return commands
 
-    def _take_report(self, report: InstanceReport, now: Instant) -> None:
-        if report.observed_at > now:
-            raise LawBroken(
-                f"law 5: {report.instance_id} reports what it will be at {report.observed_at}, now is {now}"
-            )
-        ledger = self._ledgers.get(report.instance_id)
-        if ledger is not None:
-            ledger.take_report(report)
+    # --- migrations --------------------------------------------------------------------------------------------------
 
-    def _forget_if_over(self, ledger: InstanceLedger) -> None:
-        """Forget an instance that gets no requests any more and has none left."""
-        if ledger.num_outstanding_requests or ledger.state == InstanceState.READY:
-            return
-        if ledger.state == InstanceState.DRAINING:
-            ledger.move("drained")
-        del self._ledgers[ledger.id]
-        if self._prefix_index is not None:
-            self._prefix_index.forget_instance(ledger.id)
+    def _ask_what_to_move(self, now: Instant) -> Sequence[Move]:
+        if self._migration_policy is None or self._ask_at is None or self._ask_at > now:
+            return ()
+        self._ask_at = None
+        return ask_migration(self._migration_policy, self._instances.open_views, self._migrations.moving, now)
 
-    def _refresh_ready(self) -> None:
-        ready = (ledger for ledger in self._ledgers.values() if ledger.state == InstanceState.READY)
-        self._ready = _by_id(ready)
-        self._ready_views = tuple(ledger.view for ledger in self._ready)
-        self._max_prompt_everywhere = min((ledger.max_prompt_tokens for ledger in self._ready), default=0)
+    def _keep_asking(self, now: Instant) -> None:
+        """Arm the timer of the migration policy while there is something to move and somewhere to move it."""
+        is_wanted = self._requests and len(self._instances.open_views) > 1
+        if not is_wanted or now - self._progressed_at > self._patience:
+            self._ask_at = None
+        elif self._ask_at is None:
+            self._ask_at = after(now, self._ask_every)
 
     # --- laws --------------------------------------------------------------------------------------------------------
 
@@ -450,7 +476,7 @@ class ClusterMachine:
             raise LawBroken(f"law 5: time went back from {self._now} to {now}")
         self._now = now
 
-    def _check_bounds(self, counts: ClusterCounts) -> None:
+    def _check_bounds(self) -> None:
         queued = {request_id for request_id, tracked in self._requests.items() if tracked.state == RequestState.QUEUED}
         if queued != self._held.keys():
             lost = ", ".join(sorted(queued ^ self._held.keys()))
@@ -460,20 +486,12 @@ class ClusterMachine:
             raise LawBroken(f"law 12: {num_new} arrivals are held, {self._max_queued} may be")
         if len(self._recent) > self._num_recent:
             raise LawBroken(f"law 12: {len(self._recent)} ended requests are remembered, {self._num_recent} may be")
-        if self._prefix_index is not None:
-            self._prefix_index.check()
 
 
-def _by_id(ledgers: Iterable[InstanceLedger]) -> tuple[InstanceLedger, ...]:
-    return tuple(sorted(ledgers, key=lambda ledger: ledger.id))
+_NO_PROGRESS = (InstanceReported, RoomReserved, CopyStarted, CopyCaughtUp, HandedOver, MigrationFailed)
+"""Facts that may come for ever although no request comes any further."""
 
 
-def _hold_order(tracked: TrackedRequest) -> tuple[int, Instant, RequestId]:
-    return tracked.request.priority, tracked.request.arrived_at, tracked.request.id
-
-
-def _broken(policy: object, what: str, request: Request) -> PolicyError:
-    return PolicyError(
-        f"{type(policy).__name__} {what}, asked about request {request.id}",
-        hint="run the conformance suite of its kind on the policy; see rota.testing",
-    )
+def _hold_order(tracked: TrackedRequest) -> tuple[int, bool, Instant, RequestId]:
+    """By class; in a class those whose clients have got something already, then by arrival."""
+    return tracked.request.priority, tracked.num_resumptions == 0, tracked.request.arrived_at, tracked.request.id

@@ -19,21 +19,40 @@ class ClusterCounts:
     num_rejected: int
     num_failed: int
     num_aborted: int
+    num_resumed: int = 0
+    """Attempts that went on elsewhere after the client had got tokens."""
 
 
 class TrackedRequest:
     """One unfinished request: its state, its owner, and what went wrong so far."""
 
-    __slots__ = ("admission", "failures", "instance_id", "num_attempts", "request", "state")
+    __slots__ = (
+        "admission",
+        "failures",
+        "instance_id",
+        "num_attempts",
+        "num_output_tokens",
+        "num_resumptions",
+        "request",
+        "state",
+    )
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.state = str(REQUEST_LIFECYCLE.initial)
         self.instance_id: InstanceId | None = None
         self.num_attempts = 0
+        self.num_resumptions = 0
+        self.num_output_tokens = 0
+        """What the client had got when the last attempt failed; the next one goes on from there."""
         self.admission = ""
         """Why it was let in, until a command has said so."""
         self.failures: tuple[tuple[InstanceId, str], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """What an instance has to compute before the next token, if nothing of it is cached there."""
+        return self.request.num_prompt_tokens + self.num_output_tokens
 
     def move(self, event: str) -> None:
         self.state = REQUEST_LIFECYCLE.move(self.state, event)

@@ -1,0 +1,72 @@
+"""Policies are asked here, and what they answer is checked: an answer that was not offered ends in `PolicyError`."""
+
+from collections.abc import Sequence, Set
+
+from rota.base.errors import PolicyError, RotaError
+from rota.base.instant import Instant
+from rota.serving.api import AdmissionPolicy, DispatchPolicy, InstanceView, MigrationPolicy, Move, Pick
+from rota.serving.api.decisions import Admission
+from rota.serving.cluster.ledger import ClusterReading
+from rota.serving.model.request import Request, RequestId
+
+
+def ask_admission(
+    policy: AdmissionPolicy, request: Request, ready: Sequence[InstanceView], num_unfinished: int, now: Instant
+) -> Admission:
+    """Whether a request may enter. A refusal has a reason."""
+    try:
+        admission = policy.admit(request, ClusterReading(now, ready), num_unfinished)
+    except RotaError:
+        raise
+    except Exception as error:
+        raise _broken(policy, f"raised {error!r}", f"request {request.id}") from error
+    if not admission.admitted and not admission.reason:
+        raise _broken(policy, "refused without a reason (law 11)", f"request {request.id}")
+    return admission
+
+
+def ask_dispatch(policy: DispatchPolicy, request: Request, candidates: Sequence[InstanceView], now: Instant) -> Pick:
+    """Which of the candidates a request goes to."""
+    about = f"request {request.id}"
+    try:
+        pick = policy.pick(request, ClusterReading(now, candidates))
+    except RotaError:
+        raise
+    except Exception as error:
+        raise _broken(policy, f"raised {error!r}", about) from error
+    if not any(view.id == pick.instance_id for view in candidates):
+        offered = ", ".join(view.id for view in candidates)
+        raise _broken(policy, f"picked {pick.instance_id!r}, which is not among {offered}", about)
+    if not pick.reason:
+        raise _broken(policy, f"picked {pick.instance_id!r} without a reason", about)
+    return pick
+
+
+def ask_migration(
+    policy: MigrationPolicy, shown: Sequence[InstanceView], moving: Set[RequestId], now: Instant
+) -> Sequence[Move]:
+    """The moves to begin now, between instances that were shown. Whether they can be begun is not looked at here."""
+    about = "what to move"
+    try:
+        moves = list(policy.plan(ClusterReading(now, shown), moving))
+    except RotaError:
+        raise
+    except Exception as error:
+        raise _broken(policy, f"raised {error!r}", about) from error
+    ids = {view.id for view in shown}
+    for move in moves:
+        if not isinstance(move, Move):
+            raise _broken(policy, f"answered {move!r}, which is no Move", about)
+        for instance_id in (move.source, move.destination):
+            if instance_id not in ids:
+                raise _broken(policy, f"named {instance_id!r}, which is not among {', '.join(sorted(ids))}", about)
+        if not move.reason:
+            raise _broken(policy, f"would move {move.request_id!r} without a reason", about)
+    return moves
+
+
+def _broken(policy: object, what: str, about: str) -> PolicyError:
+    return PolicyError(
+        f"{type(policy).__name__} {what}, asked about {about}",
+        hint="run the conformance suite of its kind on the policy; see rota.testing",
+    )

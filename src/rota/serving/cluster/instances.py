@@ -1,0 +1,148 @@
+"""The instances that the router knows: which are ready, what each can take, and what is outstanding there."""
+
+from collections.abc import Iterable, Sequence
+
+from rota.base.errors import LawBroken
+from rota.base.instant import Instant
+from rota.serving.api import InstanceView
+from rota.serving.cluster.ledger import InstanceLedger
+from rota.serving.cluster.lifecycles import InstanceState, RequestState
+from rota.serving.cluster.prefix_index import PrefixIndex
+from rota.serving.cluster.tracked import TrackedRequest
+from rota.serving.model.capabilities import Capability
+from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
+from rota.serving.model.request import RequestId
+
+
+class InstanceBook:
+    """One ledger for each instance, from its first start until it is forgotten."""
+
+    def __init__(self, prefix_index: PrefixIndex | None) -> None:
+        self.ledgers: dict[InstanceId, InstanceLedger] = {}
+        self.ready: tuple[InstanceLedger, ...] = ()
+        """By id, as are all below."""
+        self.ready_views: tuple[InstanceView, ...] = ()
+        self.open_views: tuple[InstanceView, ...] = ()
+        """Those that are ready, and those that drain."""
+        self.is_place_free = False
+        """Set when one who was resumed no longer waits for its next token; whoever looks at it resets it."""
+        self.max_prompt_anywhere: int | None = None
+        """Prompt tokens that the largest instance ever seen can take; None before the first."""
+        self._max_prompt_everywhere = 0
+        """Prompt tokens that every ready instance can take."""
+        self._prefix_index = prefix_index
+
+    def start(self, spec: InstanceSpec, now: Instant) -> None:
+        """An instance is ready, for the first time or again, with nothing cached."""
+        ledger = self.ledgers.get(spec.id)
+        if ledger is None:
+            ledger = self.ledgers[spec.id] = InstanceLedger(spec.id, spec, self._prefix_index)
+        ledger.start(spec, now)
+        if self._prefix_index is not None:
+            num_blocks = spec.limits.num_blocks if spec.limits.enable_prefix_caching else 0
+            self._prefix_index.add_instance(spec.id, num_blocks, spec.limits.block_size)
+        self.max_prompt_anywhere = max(self.max_prompt_anywhere or 0, ledger.max_prompt_tokens)
+        self.refresh()
+
+    def take_report(self, report: InstanceReport, now: Instant) -> None:
+        """Keep a report of an instance that is known. Raises `LawBroken` for one from the future."""
+        if report.observed_at > now:
+            raise LawBroken(
+                f"law 5: {report.instance_id} reports what it will be at {report.observed_at}, now is {now}"
+            )
+        ledger = self.ledgers.get(report.instance_id)
+        if ledger is not None:
+            ledger.take_report(report)
+
+    def assign(self, tracked: TrackedRequest, instance_id: InstanceId) -> None:
+        """The request is this instance's from here on, with its prompt and what it has generated."""
+        tracked.instance_id = instance_id
+        is_running = tracked.state == RequestState.RUNNING
+        num_tokens = 1 if is_running else tracked.num_tokens
+        is_resuming = tracked.num_resumptions > 0 and not is_running
+        self.ledgers[instance_id].debit(tracked.request.id, num_tokens, is_resuming=is_resuming)
+        if self._prefix_index is not None:
+            self._prefix_index.record(tracked.request, instance_id)
+
+    def first_token(self, tracked: TrackedRequest) -> None:
+        """The next token of a request passed at its instance."""
+        if tracked.instance_id is not None:
+            self.is_place_free |= self.ledgers[tracked.instance_id].first_token(tracked.request.id)
+
+    def release(self, tracked: TrackedRequest) -> None:
+        """Take the request off its instance's account."""
+        if tracked.instance_id is not None:
+            ledger = self.ledgers[tracked.instance_id]
+            tracked.instance_id = None
+            self.is_place_free |= ledger.credit(tracked.request.id)
+            self.forget_if_over(ledger)
+
+    def forget_if_over(self, ledger: InstanceLedger) -> None:
+        """Forget an instance that gets no requests any more, has none left, and has none on its way."""
+        if ledger.num_outstanding_requests or ledger.num_migrations or ledger.state == InstanceState.READY:
+            return
+        if self.ledgers.get(ledger.id) is not ledger:
+            return
+        if ledger.state == InstanceState.DRAINING:
+            ledger.move("drained")
+        del self.ledgers[ledger.id]
+        self.refresh()
+        if self._prefix_index is not None:
+            self._prefix_index.forget_instance(ledger.id)
+
+    def refresh(self) -> None:
+        """The state of an instance has changed: see anew who is ready."""
+        ledgers = _by_id(self.ledgers.values())
+        self.ready = tuple(ledger for ledger in ledgers if ledger.state == InstanceState.READY)
+        self.ready_views = tuple(ledger.view for ledger in self.ready)
+        open_states = (InstanceState.READY, InstanceState.DRAINING)
+        self.open_views = tuple(ledger.view for ledger in ledgers if ledger.state in open_states)
+        self._max_prompt_everywhere = min((ledger.max_prompt_tokens for ledger in self.ready), default=0)
+
+    def candidates(self, tracked: TrackedRequest, max_resuming: int) -> Sequence[InstanceView]:
+        """Ready instances that can take the request, without those that failed it while there are others; by id.
+
+        One that goes on after some tokens fits where all of its tokens do, the engine can do that, and fewer than
+        `max_resuming` like it are waited for."""
+        num_tokens = tracked.num_tokens
+        if num_tokens <= self._max_prompt_everywhere and not tracked.failures:
+            return self.ready_views
+        fitting = [ledger for ledger in self.ready if num_tokens <= ledger.max_prompt_tokens]
+        if tracked.num_resumptions:
+            able = [each for each in fitting if Capability.RESUME_FROM_TOKENS in each.spec.capabilities]
+            fitting = [ledger for ledger in able if ledger.num_resuming < max_resuming]
+        failed = {instance_id for instance_id, _ in tracked.failures}
+        views = [ledger.view for ledger in fitting]
+        return [view for view in views if view.id not in failed] or views
+
+    def states(self) -> dict[InstanceId, InstanceState]:
+        """Every instance that is not forgotten, by id, and its state."""
+        return {ledger.id: InstanceState(ledger.state) for ledger in _by_id(self.ledgers.values())}
+
+    def check(self, requests: dict[RequestId, TrackedRequest], num_owned: int) -> None:
+        """Law 1: every request that is outstanding somewhere is so at its one owner, and the sums are right."""
+        for ledger in self.ledgers.values():
+            recount = 0
+            for request_id in ledger.outstanding:
+                tracked = requests.get(request_id)
+                if tracked is None or tracked.instance_id != ledger.id:
+                    owner = None if tracked is None else tracked.instance_id
+                    raise LawBroken(f"law 1: {request_id} is outstanding at {ledger.id}, but its owner is {owner}")
+                recount += 1 if tracked.state == RequestState.RUNNING else tracked.num_tokens
+            if recount != ledger.num_outstanding_tokens:
+                raise LawBroken(
+                    f"law 1: {ledger.id} counts {ledger.num_outstanding_tokens} outstanding tokens, "
+                    f"its requests {recount}"
+                )
+        # Each outstanding request is owned where it is counted, so equal numbers mean that nobody is owned uncounted.
+        num_outstanding = sum(ledger.num_outstanding_requests for ledger in self.ledgers.values())
+        if num_outstanding != num_owned:
+            raise LawBroken(
+                f"law 1: {num_outstanding} requests are outstanding at instances, but {num_owned} are owned"
+            )
+        if self._prefix_index is not None:
+            self._prefix_index.check()
+
+
+def _by_id(ledgers: Iterable[InstanceLedger]) -> tuple[InstanceLedger, ...]:
+    return tuple(sorted(ledgers, key=lambda ledger: ledger.id))

@@ -1,0 +1,353 @@
+"""Requests on their way from one instance to another: what each waits for, until when, and who owns it meanwhile.
+
+The machine orders, the host carries out and says what came of it:
+
+| State | The machine ordered | The host owes | Owner |
+|---|---|---|---|
+| proposed | `Migrate` | `RoomReserved` | source |
+| reserved | `CopyOut` | `CopyStarted` | source |
+| copying | | `CopyCaughtUp` | source |
+| handover | `HandOver` | `HandedOver` | source |
+| committed | `Commit` | nothing | destination |
+| aborted | `AbortMigration` | nothing | source |
+
+In each of the first four `MigrationFailed` will do as well, and past the deadline of the state the machine gives the
+migration up. What the host says of a migration that is over, or what it said before, is ignored.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from rota.base.errors import ConfigError, LawBroken
+from rota.base.instant import Duration, Instant, after, seconds, to_seconds
+from rota.serving.api import Move
+from rota.serving.cluster.instances import InstanceBook
+from rota.serving.cluster.ledger import InstanceLedger
+from rota.serving.cluster.lifecycles import MIGRATION_LIFECYCLE, InstanceState, MigrationState, RequestState
+from rota.serving.cluster.tracked import TrackedRequest
+from rota.serving.model.capabilities import Capability
+from rota.serving.model.commands import AbortMigration, ClusterCommand, Commit, CopyOut, HandOver, Migrate, Way
+from rota.serving.model.events import CopyCaughtUp, CopyStarted, HandedOver, MigrationFailed, RoomReserved
+from rota.serving.model.instance import InstanceId
+from rota.serving.model.request import RequestId
+
+MigrationEvent = RoomReserved | CopyStarted | CopyCaughtUp | HandedOver | MigrationFailed
+
+
+class Dropped(StrEnum):
+    """Why a move that a policy wants is not begun."""
+
+    NOT_RUNNING = "not_running"
+    """It does not run at the source: it waits, has ended, or went elsewhere."""
+    MOVING = "moving"
+    """It is on its way already."""
+    PINNED = "pinned"
+    """It holds what does not travel (`Request.movable`)."""
+    SAME_INSTANCE = "same_instance"
+    NOT_READY = "not_ready"
+    """The destination takes no requests."""
+    TOO_LARGE = "too_large"
+    """The destination could not take it as far as the source can."""
+    SOURCE_BUSY = "source_busy"
+    """As many as may be are under way from the source."""
+    DESTINATION_BUSY = "destination_busy"
+    """As many as may be are under way to the destination."""
+    NO_WAY = "no_way"
+    """The two engines have no way in common."""
+
+
+class Cause(StrEnum):
+    """Why a migration was given up."""
+
+    HOST_FAILED = "host_failed"
+    """`MigrationFailed`: no room, preempted, a broken link."""
+    TIMEOUT = "timeout"
+    REQUEST_ENDED = "request_ended"
+    REQUEST_FAILED = "request_failed"
+    CLIENT_LEFT = "client_left"
+    SOURCE_GONE = "source_gone"
+    DESTINATION_GONE = "destination_gone"
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationLimits:
+    """How many migrations may be under way, and how long each state may last.
+
+    Published, in the code of Llumnix: one migration at a time for each instance, and 10 s for one that waits for room.
+    The other times were never published.
+    """
+
+    max_migrations: int = 1
+    """Under way from an instance, and so many under way to it."""
+    replay_max_tokens: int = 0
+    """A request with fewer tokens is replayed where its destination can, although its blocks could be had."""
+    reserve_timeout: Duration = seconds(10)
+    copy_start_timeout: Duration = seconds(10)
+    copy_timeout: Duration = seconds(60)
+    hand_over_timeout: Duration = seconds(10)
+
+    def __post_init__(self) -> None:
+        if self.max_migrations < 1:
+            raise ConfigError(f"max_migrations must be at least 1, not {self.max_migrations}")
+
+    def timeout(self, state: str) -> Duration:
+        """How long a migration may be in a state."""
+        return {
+            MigrationState.PROPOSED: self.reserve_timeout,
+            MigrationState.RESERVED: self.copy_start_timeout,
+            MigrationState.COPYING: self.copy_timeout,
+            MigrationState.HANDOVER: self.hand_over_timeout,
+        }[MigrationState(state)]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationCounts:
+    """What became of all migrations since the start, and of the moves that were not begun."""
+
+    num_started: int
+    num_under_way: int
+    num_committed: int
+    num_aborted: Mapping[Cause, int]
+    num_dropped: Mapping[Dropped, int]
+    downtime: Duration
+    """Of those committed, added up."""
+    num_bytes: int
+    """Copied for those committed."""
+
+
+@dataclass(slots=True)
+class Migration:
+    """One migration under way."""
+
+    id: int
+    tracked: TrackedRequest
+    source: InstanceLedger
+    destination: InstanceLedger
+    way: Way
+    deadline_at: Instant
+    state: str = field(default=str(MIGRATION_LIFECYCLE.initial))
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.tracked.request.id
+
+
+class MigrationBook:
+    """The open migrations: at most one a request, a few an instance, each in a state with a deadline.
+
+    Changes the number of migrations of both ledgers; on `HandedOver` it moves the request from one to the other.
+    """
+
+    def __init__(self, instances: InstanceBook, limits: MigrationLimits) -> None:
+        self._instances = instances
+        self._limits = limits
+        self._open: dict[int, Migration] = {}
+        self._id_of: dict[RequestId, int] = {}
+        self._deadline_at: Instant | None = None
+        self._num_started = 0
+        self._num_committed = 0
+        self._num_aborted: Counter[Cause] = Counter()
+        self._num_dropped: Counter[Dropped] = Counter()
+        self._downtime = 0
+        self._num_bytes = 0
+
+    @property
+    def moving(self) -> Set[RequestId]:
+        """The requests that are on their way."""
+        return self._id_of.keys()
+
+    def __iter__(self) -> Iterator[Migration]:
+        return iter(self._open.values())
+
+    def counts(self) -> MigrationCounts:
+        return MigrationCounts(
+            num_started=self._num_started,
+            num_under_way=len(self._open),
+            num_committed=self._num_committed,
+            num_aborted=MappingProxyType(dict(self._num_aborted)),
+            num_dropped=MappingProxyType(dict(self._num_dropped)),
+            downtime=Duration(self._downtime),
+            num_bytes=self._num_bytes,
+        )
+
+    # --- begin -------------------------------------------------------------------------------------------------------
+
+    def begin(self, move: Move, tracked: TrackedRequest | None, now: Instant) -> Migrate | None:
+        """Open a migration, or count why not: what the policy saw was late."""
+        way = self._way_of(move, tracked)
+        if isinstance(way, Dropped) or tracked is None:
+            self._num_dropped[Dropped(way)] += 1
+            return None
+        self._num_started += 1
+        ledgers = self._instances.ledgers
+        source, destination = ledgers[move.source], ledgers[move.destination]
+        deadline_at = after(now, self._limits.reserve_timeout)
+        migration = Migration(self._num_started, tracked, source, destination, way, deadline_at)
+        self._open[migration.id] = migration
+        self._id_of[migration.request_id] = migration.id
+        source.num_migrations += 1
+        destination.num_migrations += 1
+        self._reset_deadline()
+        return Migrate(migration.id, migration.request_id, source.id, destination.id, way, move.reason)
+
+    def _way_of(self, move: Move, tracked: TrackedRequest | None) -> Way | Dropped:
+        """How a request would get there, or why it may not, as things are now."""
+        source = self._instances.ledgers.get(move.source)
+        destination = self._instances.ledgers.get(move.destination)
+        if tracked is None or tracked.state != RequestState.RUNNING or tracked.instance_id != move.source:
+            return Dropped.NOT_RUNNING
+        if destination is None or destination.state != InstanceState.READY:
+            return Dropped.NOT_READY
+        if source is None or source is destination:
+            return Dropped.SAME_INSTANCE
+        request = tracked.request
+        if request.id in self._id_of:
+            return Dropped.MOVING
+        if not request.movable:
+            return Dropped.PINNED
+        # One that is as large as it may become at its source must fit, or it would end early at its destination.
+        largest = min(request.num_prompt_tokens + request.max_tokens - 1, source.max_prompt_tokens)
+        if largest > destination.max_prompt_tokens:
+            return Dropped.TOO_LARGE
+        most = self._limits.max_migrations
+        if sum(migration.source is source for migration in self) >= most:
+            return Dropped.SOURCE_BUSY
+        if sum(migration.destination is destination for migration in self) >= most:
+            return Dropped.DESTINATION_BUSY
+        return self._common_way(tracked, source, destination)
+
+    def _common_way(
+        self, tracked: TrackedRequest, source: InstanceLedger, destination: InstanceLedger
+    ) -> Way | Dropped:
+        """By what both engines can do: copy before hand-off before replay, and replay first for what is small."""
+        can_replay = Capability.RESUME_FROM_TOKENS in destination.spec.capabilities
+        both = source.spec.capabilities & destination.spec.capabilities
+        num_tokens = max(tracked.num_tokens, source.num_tokens_reported(tracked.request.id))
+        if can_replay and num_tokens < self._limits.replay_max_tokens:
+            return Way.REPLAY
+        if Capability.COPY_KV in both:
+            return Way.COPY
+        if Capability.HAND_OVER_KV in both:
+            return Way.HAND_OFF
+        return Way.REPLAY if can_replay else Dropped.NO_WAY
+
+    # --- what the host says ------------------------------------------------------------------------------------------
+
+    def take(self, event: MigrationEvent, now: Instant) -> tuple[ClusterCommand, ...]:
+        """Go on with a migration; a fact that is late, doubled or out of its turn changes nothing."""
+        migration = self._open.get(event.migration_id)
+        if migration is None:
+            return ()
+        if isinstance(event, MigrationFailed):
+            return (self._abort(migration, Cause.HOST_FAILED, event.reason or "no reason given"),)
+        step = _STEP_OF[type(event)]
+        if step not in MIGRATION_LIFECYCLE.transitions[migration.state]:
+            return ()
+        migration.state = MIGRATION_LIFECYCLE.move(migration.state, step)
+        if isinstance(event, HandedOver):
+            return (self._commit(migration, event),)
+        migration.deadline_at = after(now, self._limits.timeout(migration.state))
+        self._reset_deadline()
+        if isinstance(event, RoomReserved):
+            return (CopyOut(migration.id, migration.request_id),)
+        if isinstance(event, CopyCaughtUp):
+            return (HandOver(migration.id, migration.request_id),)
+        return ()
+
+    def _commit(self, migration: Migration, event: HandedOver) -> Commit:
+        self._num_committed += 1
+        self._downtime += event.downtime
+        self._num_bytes += event.num_bytes
+        # The ledgers change hands before the migration is closed, which may forget a source that drained.
+        migration.source.credit(migration.request_id)
+        self._instances.assign(migration.tracked, migration.destination.id)
+        self._close(migration)
+        return Commit(migration.id, migration.request_id)
+
+    # --- give up -----------------------------------------------------------------------------------------------------
+
+    def abort_of(self, request_id: RequestId, cause: Cause, reason: str) -> list[ClusterCommand]:
+        """The request ends, or its attempt does: it moves no more. After a hand-over was ordered it may be at its
+        destination by now; giving up the migration takes it back from there as well."""
+        migration_id = self._id_of.get(request_id)
+        return [] if migration_id is None else [self._abort(self._open[migration_id], cause, reason)]
+
+    def abort_at(self, instance_id: InstanceId, reason: str, *, as_source: bool) -> list[ClusterCommand]:
+        """Nothing comes to this instance any more and, unless it only drains, nothing leaves it by itself."""
+        commands: list[ClusterCommand] = []
+        for migration in list(self):
+            if migration.destination.id == instance_id:
+                commands.append(self._abort(migration, Cause.DESTINATION_GONE, reason))
+            elif as_source and migration.source.id == instance_id:
+                commands.append(self._abort(migration, Cause.SOURCE_GONE, reason))
+        return commands
+
+    def expire(self, now: Instant) -> list[ClusterCommand]:
+        """Give up every migration whose state lasted too long."""
+        if self._deadline_at is None or self._deadline_at > now:
+            return []
+        overdue = [migration for migration in self if migration.deadline_at <= now]
+        return [self._abort(migration, Cause.TIMEOUT, self._overdue(migration)) for migration in overdue]
+
+    def next_deadline(self) -> Instant | None:
+        return self._deadline_at
+
+    def _overdue(self, migration: Migration) -> str:
+        return f"{migration.state} for {to_seconds(self._limits.timeout(migration.state)):g} s"
+
+    def _abort(self, migration: Migration, cause: Cause, reason: str) -> AbortMigration:
+        migration.state = MIGRATION_LIFECYCLE.move(migration.state, "aborted")
+        self._num_aborted[cause] += 1
+        self._close(migration)
+        return AbortMigration(migration.id, migration.request_id, reason)
+
+    def _close(self, migration: Migration) -> None:
+        del self._open[migration.id]
+        del self._id_of[migration.request_id]
+        self._reset_deadline()
+        for ledger in (migration.source, migration.destination):
+            ledger.num_migrations -= 1
+            self._instances.forget_if_over(ledger)
+
+    def _reset_deadline(self) -> None:
+        self._deadline_at = min((migration.deadline_at for migration in self), default=None)
+
+    # --- laws --------------------------------------------------------------------------------------------------------
+
+    def check(self, requests: Mapping[RequestId, TrackedRequest]) -> None:
+        """Laws 1 and 12: whoever moves runs at its source, once, and no instance is part of more than it may be."""
+        for migration in self:
+            tracked = requests.get(migration.request_id)
+            if tracked is not migration.tracked or tracked.state != RequestState.RUNNING:
+                raise LawBroken(f"law 1: migration {migration.id} moves {migration.request_id}, which does not run")
+            if tracked.instance_id != migration.source.id:
+                raise LawBroken(
+                    f"law 1: migration {migration.id} moves {migration.request_id} from {migration.source.id}, "
+                    f"but its owner is {tracked.instance_id}"
+                )
+            if self._id_of.get(migration.request_id) != migration.id:
+                raise LawBroken(f"law 1: {migration.request_id} moves twice")
+        if len(self._id_of) != len(self._open):
+            raise LawBroken(f"law 1: {len(self._id_of)} requests move in {len(self._open)} migrations")
+        self._check_instances(self._instances.ledgers.values())
+
+    def _check_instances(self, ledgers: Iterable[InstanceLedger]) -> None:
+        sources = Counter(migration.source.id for migration in self)
+        destinations = Counter(migration.destination.id for migration in self)
+        for ledger in ledgers:
+            recount = sources[ledger.id] + destinations[ledger.id]
+            if ledger.num_migrations != recount:
+                raise LawBroken(f"law 12: {ledger.id} counts {ledger.num_migrations} migrations, there are {recount}")
+            if max(sources[ledger.id], destinations[ledger.id]) > self._limits.max_migrations:
+                raise LawBroken(f"law 12: {ledger.id} is part of {recount} migrations, more than may be")
+
+
+_STEP_OF: Mapping[type[MigrationEvent], str] = {
+    RoomReserved: "reserved",
+    CopyStarted: "copying",
+    CopyCaughtUp: "caught_up",
+    HandedOver: "handed_over",
+}
