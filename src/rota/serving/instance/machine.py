@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import islice
 
 from rota.base.errors import LawBroken, PolicyError, StarvationError
 from rota.base.instant import Instant
@@ -16,7 +17,7 @@ from rota.serving.instance.steady import SteadyPass
 from rota.serving.instance.waiting import WaitingQueue
 from rota.serving.model.commands import EVERYBODY, REASONS_MAX, Grant, InstanceCommand, Reason, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
-from rota.serving.model.instance import InstanceLimits
+from rota.serving.model.instance import WAITING_REPORTED_MAX, InstanceLimits, SequenceReport
 from rota.serving.model.request import RequestId
 
 REPLANS_MAX = 64
@@ -161,6 +162,13 @@ class InstanceMachine:
             num_free_blocks=self._ledger.num_available,
             num_cached_tokens=self._num_cached_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
+        )
+
+    def reported(self) -> tuple[tuple[SequenceReport, ...], tuple[SequenceReport, ...]]:
+        """Those who run, and the first `WAITING_REPORTED_MAX` of those who wait, as a report tells of them."""
+        return (
+            tuple([_report(sequence) for sequence in self.running]),
+            tuple([_report(sequence) for sequence in islice(self.waiting, WAITING_REPORTED_MAX)]),
         )
 
     def sequence(self, request_id: RequestId) -> Sequence | None:
@@ -413,3 +421,7 @@ class InstanceMachine:
         step = RunStep(self._step_id, step.grants, (), self._ledger.num_available, step.reasons)
         self._in_flight = step
         return step
+
+
+def _report(sequence: Sequence) -> SequenceReport:
+    return SequenceReport(sequence.id, sequence.num_tokens, sequence.num_blocks, sequence.priority)

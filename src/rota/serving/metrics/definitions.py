@@ -42,6 +42,10 @@ class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     num_cached_tokens: int = 0
     """Prompt tokens that were found in a prefix cache when it was first admitted."""
     num_preemptions: int = 0
+    num_migrations: int = 0
+    """How often it went on at another instance with what it had."""
+    downtime: Duration = Duration(0)
+    """From each stop for a move, or crash that it outlived, until its next token, added up."""
 
     @property
     def ttft(self) -> Duration | None:

@@ -12,7 +12,19 @@ from rota.runtime.simulation import SimulationLoop
 from rota.serving.api import StepTimePredictor
 from rota.serving.assemble import CLUSTER, SystemConfig, build_cluster, build_instance
 from rota.serving.metrics.definitions import RequestRecord, Status
-from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Reject
+from rota.serving.model.commands import (
+    Abort,
+    AbortMigration,
+    ClusterCommand,
+    Commit,
+    CopyOut,
+    Dispatch,
+    Fail,
+    HandOver,
+    InstanceCommand,
+    Migrate,
+    Reject,
+)
 from rota.serving.model.events import (
     ClientLeft,
     FirstTokenSeen,
@@ -26,9 +38,10 @@ from rota.serving.model.events import (
 from rota.serving.model.instance import InstanceId, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 from rota.serving.sim.ground_truth import GroundTruth
-from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, SequenceState, SimulatedInstance, SimulatedMachine
+from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, Lost, SequenceState, SimulatedInstance, SimulatedMachine
+from rota.serving.sim.migration import Hooks, MigrationFact, Moves, Transfer
 from rota.serving.sim.samples import Sampler
-from rota.serving.stack import engine_policies
+from rota.serving.stack import REGISTRIES, StackConfig, engine_policies
 
 EngineKind = Literal["model", "vllm"]
 """Who decides an instance's steps: our block-level model, or vLLM's scheduler object with our plug-in in it."""
@@ -38,6 +51,9 @@ Followers = Callable[[RequestId, Instant], Iterable[tuple[Request, int]]]
 
 RANK_REPORT = 2
 RANK_FAULT = 3
+
+MESSAGE_FAULTS = ("late_messages", "doubled_messages", "lost_messages")
+"""What an instance has to say of its moves comes late, or a second time, by `magnitude` seconds; or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,11 @@ class WorldOptions:
     """From the moment that a report describes until the router hears it."""
     restart_after: Duration = seconds(30)
     """From a crash until the instance takes requests again, where the fault does not say."""
+    transfer: Transfer = Transfer()
+    """How the KV of requests that move travels."""
+    resume: bool = False
+    """Whether a request outlives the crash of its instance after its first token: it goes on elsewhere with the tokens
+    that its client has got."""
     leap: bool = True
     """Whether runs of equal steps are played at once; without, every step by itself, with the same outcome."""
     start: Instant = Instant(0)
@@ -95,6 +116,12 @@ class SimulatedCluster:
         self._truth = GroundTruth()
         self._arrivals: Iterator[tuple[Request, int]] = iter(arrivals)
         self._open: dict[RequestId, _Open] = {}
+        if engine == "vllm" and config.stack.migration != "none":
+            raise ConfigError(
+                f"vLLM's scheduler object cannot let requests go, as migration policy {config.stack.migration!r} would",
+                hint="simulate migrations with the model engine",
+            )
+        self._tells_of_sequences = _needs_sequences(config.stack)
         self._instances: dict[InstanceId, SimulatedInstance] = {}
         self._retired: list[SimulatedMachine] = []
         self._specs = {spec.id: spec for spec in config.instances}
@@ -105,6 +132,10 @@ class SimulatedCluster:
         self._num_ended = 0
         self._followers = followers
         self._faults = faults
+        self._spoils_messages = any(fault.kind in MESSAGE_FAULTS for fault in faults)
+        self.moves = Moves(
+            self.loop, options.transfer, self._instances, Hooks(self._say, self._on_stopped, self._on_handed_over)
+        )
         self.loop.add_machine(CLUSTER, build_cluster(config.stack, config.seed), self._carry_out)
         for spec in config.instances:
             self._start_instance(spec)
@@ -149,9 +180,10 @@ class SimulatedCluster:
             entry.instance_id = command.instance_id
             instance = self._instances.get(command.instance_id)
             if instance is None:
-                self._fail_attempt(command.request_id, command.instance_id, "the instance is gone")
+                num_given = command.num_output_tokens
+                self._fail_attempt(command.request_id, command.instance_id, "the instance is gone", num_given)
             else:
-                instance.submit(entry.request)
+                instance.submit(entry.request, command.num_output_tokens)
         elif isinstance(command, Abort):
             instance = self._instances.get(command.instance_id)
             if instance is not None:
@@ -160,6 +192,9 @@ class SimulatedCluster:
             self._end(command.request_id, "rejected", now, command.reason)
         elif isinstance(command, Fail):
             self._end(command.request_id, "failed", now, command.reason)
+        elif isinstance(command, Migrate | CopyOut | HandOver | Commit | AbortMigration):
+            moving = self._open.get(command.request_id)
+            self.moves.carry_out(command, None if moving is None else moving.request, now)
 
     # --- what instances give (Listener) ------------------------------------------------------------------------------
 
@@ -178,6 +213,54 @@ class SimulatedCluster:
 
     def on_rejected(self, instance_id: InstanceId, request_id: RequestId, at: Instant, reason: str) -> None:
         self.loop.deliver(CLUSTER, RequestFailed(request_id, instance_id, reason, retryable=False))
+
+    def on_answer(self, instance: SimulatedInstance, command: InstanceCommand, now: Instant) -> None:
+        self.moves.on_answer(instance, command, now)
+
+    def on_returned(self, instance_id: InstanceId, request_id: RequestId, at: Instant) -> None:
+        entry = self._open.get(request_id)
+        if entry is None:
+            return
+        if entry.stopped_at is not None:
+            entry.downtime += at - entry.stopped_at
+            entry.stopped_at = None
+        # For one that was dispatched again this is the first token of the attempt; else it is known that it runs.
+        self.loop.deliver(CLUSTER, FirstTokenSeen(request_id, instance_id))
+
+    def _say(self, fact: MigrationFact, source: InstanceId, destination: InstanceId) -> None:
+        """Tell the router of a move: at once, late, twice or not at all."""
+        late = self._spoiled("late_messages", source, destination)
+        if self._spoiled("lost_messages", source, destination) is not None:
+            return
+        if late is None:
+            self.loop.deliver(CLUSTER, fact)
+        else:
+            self._say_later(fact, late)
+        twice = self._spoiled("doubled_messages", source, destination)
+        if twice is not None:
+            self._say_later(fact, twice)
+
+    def _say_later(self, fact: MigrationFact, fault: Fault) -> None:
+        at = after(self.loop.now, seconds(fault.magnitude))
+        self.loop.call_at(at, lambda _: self.loop.deliver(CLUSTER, fact), RANK_REPORT)
+
+    def _spoiled(self, kind: str, *instance_ids: InstanceId) -> Fault | None:
+        if not self._spoils_messages:
+            return None
+        faults = [self._faults.active(kind, instance_id, self.loop.now) for instance_id in instance_ids]
+        return next((fault for fault in faults if fault is not None), None)
+
+    def _on_stopped(self, request_id: RequestId, at: Instant) -> None:
+        entry = self._open.get(request_id)
+        if entry is not None:
+            entry.stopped_at = at
+
+    def _on_handed_over(self, request_id: RequestId, sequence: SequenceState, instance_id: InstanceId) -> None:
+        entry = self._open[request_id]
+        entry.instance_id = instance_id
+        entry.num_migrations += 1
+        entry.num_cached_tokens += sequence.num_cached_tokens
+        entry.num_preemptions += sequence.num_preemptions
 
     def on_step(self, instance_id: InstanceId, at: Instant) -> None:
         self.sampler.on_step(instance_id, at, self._instances[instance_id].machine)
@@ -213,10 +296,13 @@ class SimulatedCluster:
                 reason=reason,
                 instance_id=entry.instance_id,
                 slo=request.slo,
-                num_cached_tokens=0 if sequence is None else sequence.num_cached_tokens,
-                num_preemptions=0 if sequence is None else sequence.num_preemptions,
+                num_cached_tokens=entry.num_cached_tokens + (0 if sequence is None else sequence.num_cached_tokens),
+                num_preemptions=entry.num_preemptions + (0 if sequence is None else sequence.num_preemptions),
+                num_migrations=entry.num_migrations,
+                downtime=Duration(entry.downtime),
             )
         )
+        self.moves.request_ended(request_id)
         if self._followers is not None:
             for follower, num_tokens in self._followers(request_id, at):
                 self._schedule_arrival(follower, num_tokens, is_open=False)
@@ -238,6 +324,8 @@ class SimulatedCluster:
             incarnation=self._incarnations[spec.id],
             leap=self._options.leap,
             rank=RANK_STEP - 1 - list(reversed(self._specs)).index(spec.id),
+            journeys=self,
+            tells_of_sequences=self._tells_of_sequences,
         )
         self.loop.deliver(CLUSTER, InstanceStarted(spec))
 
@@ -270,10 +358,13 @@ class SimulatedCluster:
 
     def _schedule_fault(self, fault: Fault) -> None:
         strikes = {"crash": self._crash, "slow": self._slow_down, "client_leaves": self._leave}
-        if fault.kind not in strikes:
-            raise ConfigError(f"unknown kind of fault {fault.kind!r}", hint=f"kinds are {', '.join(sorted(strikes))}")
+        if fault.kind not in strikes and fault.kind not in MESSAGE_FAULTS:
+            kinds = ", ".join(sorted([*strikes, *MESSAGE_FAULTS]))
+            raise ConfigError(f"unknown kind of fault {fault.kind!r}", hint=f"kinds are {kinds}")
         if fault.kind != "client_leaves" and fault.target not in self._specs:
             raise ConfigError(f"a {fault.kind} fault names the unknown instance {fault.target!r}")
+        if fault.kind in MESSAGE_FAULTS:
+            return  # looked up whenever there is something to say
         self.loop.call_at(fault.at, lambda now: strikes[fault.kind](fault, now), RANK_FAULT)
 
     def _crash(self, fault: Fault, now: Instant) -> None:
@@ -284,8 +375,9 @@ class SimulatedCluster:
         lost = instance.crash()
         self._retired.append(instance.machine)
         self.loop.deliver(CLUSTER, InstanceLost(instance_id, "crashed"))
-        for request_id in lost:
-            self._fail_attempt(request_id, instance_id, f"instance {instance_id} crashed")
+        for one in lost:
+            self._lose(one, instance_id, now)
+        self.moves.instance_lost(instance)
 
         def restart(later: Instant) -> None:
             self._incarnations[instance_id] += 1
@@ -293,9 +385,23 @@ class SimulatedCluster:
 
         self.loop.call_at(after(now, fault.duration or self._options.restart_after), restart, RANK_FAULT)
 
-    def _fail_attempt(self, request_id: RequestId, instance_id: InstanceId, reason: str) -> None:
+    def _lose(self, lost: Lost, instance_id: InstanceId, now: Instant) -> None:
+        entry = self._open.get(lost.request_id)
+        if entry is None:
+            return
+        if self._options.resume and lost.num_output_tokens:
+            entry.num_cached_tokens += lost.num_cached_tokens
+            entry.num_preemptions += lost.num_preemptions
+            entry.stopped_at = now if entry.stopped_at is None else entry.stopped_at
+        self._fail_attempt(lost.request_id, instance_id, f"instance {instance_id} crashed", lost.num_output_tokens)
+
+    def _fail_attempt(
+        self, request_id: RequestId, instance_id: InstanceId, reason: str, num_output_tokens: int = 0
+    ) -> None:
+        """Tell the router that an attempt failed; where the world lets it resume, with the tokens given so far."""
         if request_id in self._open:
-            self.loop.deliver(CLUSTER, RequestFailed(request_id, instance_id, reason))
+            num_given = num_output_tokens if self._options.resume and num_output_tokens else None
+            self.loop.deliver(CLUSTER, RequestFailed(request_id, instance_id, reason, num_output_tokens=num_given))
 
     def _slow_down(self, fault: Fault, now: Instant) -> None:
         instance = self._instances.get(InstanceId(fault.target))
@@ -319,9 +425,31 @@ class SimulatedCluster:
 class _Open:
     """What the world notes about a request that has not ended."""
 
-    __slots__ = ("first_token_at", "instance_id", "request")
+    __slots__ = (
+        "downtime",
+        "first_token_at",
+        "instance_id",
+        "num_cached_tokens",
+        "num_migrations",
+        "num_preemptions",
+        "request",
+        "stopped_at",
+    )
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.first_token_at: Instant | None = None
         self.instance_id: InstanceId | None = None
+        self.num_migrations = 0
+        self.num_cached_tokens = 0
+        """At the instances that it has left."""
+        self.num_preemptions = 0
+        """At the instances that it has left."""
+        self.downtime = 0
+        self.stopped_at: Instant | None = None
+
+
+def _needs_sequences(stack: StackConfig) -> bool:
+    """Whether a policy of the router looks at who runs and who waits at an instance."""
+    dispatch = REGISTRIES["dispatch"].load(stack.dispatch)
+    return stack.migration != "none" or bool(getattr(dispatch, "reads_sequences", False))

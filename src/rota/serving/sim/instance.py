@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence, Sized
 from heapq import heappop, heappush, heapreplace
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Duration, Instant
@@ -15,8 +15,15 @@ from rota.serving.assemble import instance_name
 from rota.serving.instance.composition import GrantedSequence, StepComposition
 from rota.serving.instance.machine import InstanceStatistics
 from rota.serving.model.commands import InstanceCommand, RejectSequence, RunStep
-from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
-from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
+from rota.serving.model.events import (
+    InstanceEvent,
+    SequenceAborted,
+    SequenceAdopted,
+    SequenceArrived,
+    SequenceResumed,
+    StepFinished,
+)
+from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec, SequenceReport
 from rota.serving.model.request import Request, RequestId
 from rota.serving.predictors.step_time.runs import SkewPredictor, decode_run
 from rota.serving.sim.ground_truth import GroundTruth
@@ -34,6 +41,8 @@ STRIDE_MIN, STRIDE_MAX = 16, 4096
 class SequenceState(GrantedSequence, Protocol):
     """What the world reads of a sequence."""
 
+    @property
+    def state(self) -> str: ...
     @property
     def num_cached_tokens(self) -> int: ...
     @property
@@ -55,6 +64,10 @@ class SimulatedMachine(Machine[InstanceEvent, InstanceCommand], Protocol):
         ...
 
     def sequence(self, request_id: RequestId) -> SequenceState | None: ...
+    def reported(self) -> tuple[tuple[SequenceReport, ...], tuple[SequenceReport, ...]]:
+        """Those who run and the first of those who wait, as a report tells of them."""
+        ...
+
     def num_repeats(self) -> int: ...
     def leap(self, num_steps: int, now: Instant) -> RunStep: ...
     def statistics(self) -> InstanceStatistics: ...
@@ -74,13 +87,36 @@ class Listener(Protocol):
     def on_step(self, instance_id: InstanceId, at: Instant) -> None: ...
 
 
+class Journeys(Protocol):
+    """Who hears of the requests that move."""
+
+    def on_answer(self, instance: "SimulatedInstance", command: InstanceCommand, now: Instant) -> None: ...
+    def on_returned(self, instance_id: InstanceId, request_id: RequestId, at: Instant) -> None:
+        """A request that came with tokens of its own, or had rested, gives its next one."""
+        ...
+
+
+class Lost(NamedTuple):
+    """A request that was at an instance when it died."""
+
+    request_id: RequestId
+    num_output_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+
+
 class _Flight:
     """A step under way, or a run of equal ones."""
 
-    __slots__ = ("command", "ends", "first_tokens", "handle", "num_ended", "started_at")
+    __slots__ = ("command", "ends", "first_tokens", "handle", "num_ended", "returned", "started_at")
 
     def __init__(
-        self, command: RunStep, started_at: Instant, ends: Sequence[int], first_tokens: list[RequestId]
+        self,
+        command: RunStep,
+        started_at: Instant,
+        ends: Sequence[int],
+        first_tokens: list[RequestId],
+        returned: list[RequestId],
     ) -> None:
         self.command = command
         """The step that the machine thinks is in flight."""
@@ -90,6 +126,7 @@ class _Flight:
         self.num_ended = 0
         """How many of them the machine has been told of."""
         self.first_tokens = first_tokens
+        self.returned = returned
         self.handle = -1
 
 
@@ -114,10 +151,13 @@ class SimulatedInstance:
         incarnation: int = 0,
         rank: int = RANK_STEP,
         leap: bool = True,
+        journeys: Journeys | None = None,
+        tells_of_sequences: bool = False,
     ) -> None:
         """`step_overhead` is the time between two steps in which the engine computes nothing. `incarnation` is how
         often this instance was started before: a restarted engine is a fresh machine with a name of its own. `rank`, at
-        most `RANK_STEP`, orders instances whose steps end at one instant. `leap` False takes every step by itself."""
+        most `RANK_STEP`, orders instances whose steps end at one instant. `leap` False takes every step by itself. With
+        `tells_of_sequences` its reports say who runs and who waits, which costs by their number."""
         self.spec = spec
         self.machine = machine
         self.name = instance_name(spec.id, incarnation)
@@ -127,6 +167,12 @@ class SimulatedInstance:
         self._skew_time = step_time.skew_time if isinstance(step_time, SkewPredictor) else None
         self._truth = truth
         self._listener = listener
+        self._journeys = journeys
+        self._tells_of_sequences = tells_of_sequences
+        self._returning: set[RequestId] = set()
+        """Those whose next token here is to be told of."""
+        self._told_at = -1
+        """When the machine was last told something; where it is busy, that waits until the end of the instant."""
         self._overhead = step_overhead
         self._beside: int = step_overhead
         """What the step under way, and each repeat of it, takes beyond its own time."""
@@ -139,27 +185,53 @@ class SimulatedInstance:
         self._ends: list[tuple[int, int, RequestId]] = []
         """A heap of `(number of the step that gives the last token, tie-break, id)`. An entry may be too early, for a
         sequence that missed a step since: it is put right when it comes up."""
-        self._is_listed: set[RequestId] = set()
+        self._listing: dict[RequestId, int] = {}
+        """The tie-break of the entry that counts for each: one that went away and came back has a new one."""
         self._num_listed = 0
         self._stride = STRIDE_MIN
         loop.add_machine(self.name, machine, self.carry_out)
 
     # --- from the router ---------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> None:
-        """A request arrives at the engine now."""
-        self.catch_up()
-        self._loop.deliver(self.name, SequenceArrived(request))
+    def submit(self, request: Request, num_output_tokens: int = 0) -> None:
+        """A request arrives at the engine now, with so many tokens that it got elsewhere."""
+        if num_output_tokens:
+            self._expect(request.id)
+        self.tell(SequenceArrived(request, num_output_tokens))
+
+    def adopt(self, request: Request, num_output_tokens: int) -> None:
+        """A request comes with its KV, into room that is kept for it."""
+        self._expect(request.id)
+        self.tell(SequenceAdopted(request, num_output_tokens))
+
+    def resume(self, request_id: RequestId) -> None:
+        """A request that rests, or is about to, goes on here."""
+        sequence = self.machine.sequence(request_id)
+        if sequence is not None and sequence.state == "resting":
+            self._returning.add(request_id)
+        self.tell(SequenceResumed(request_id))
 
     def abort(self, request_id: RequestId) -> None:
         """The router takes a request back now."""
+        self._returning.discard(request_id)
+        self.tell(SequenceAborted(request_id))
+
+    def tell(self, event: InstanceEvent) -> None:
+        """Tell the machine of something other than the end of a step."""
         self.catch_up()
-        self._loop.deliver(self.name, SequenceAborted(request_id))
+        self._told_at = self._loop.now
+        self._loop.deliver(self.name, event)
+
+    def _expect(self, request_id: RequestId) -> None:
+        """Tell of the next token of a request; when it will give its last is reckoned anew."""
+        self._returning.add(request_id)
+        self._listing.pop(request_id, None)
 
     def report(self) -> InstanceReport:
         """What the engine would say of itself now: the state after the last step that has ended."""
         self.catch_up()
         statistics = self.machine.statistics()
+        running, waiting = self.machine.reported() if self._tells_of_sequences else ((), ())
         return InstanceReport(
             instance_id=self.spec.id,
             observed_at=self._loop.now,
@@ -168,6 +240,8 @@ class SimulatedInstance:
             num_free_blocks=statistics.num_free_blocks,
             num_blocks=self.spec.limits.num_blocks,
             num_preemptions=statistics.num_preemptions,
+            running=running,
+            waiting=waiting,
         )
 
     def set_slowdown(self, factor: float) -> None:
@@ -175,16 +249,21 @@ class SimulatedInstance:
         self.catch_up()
         self._slowdown = factor
 
-    def crash(self) -> list[RequestId]:
-        """The engine dies: its step never ends and its requests are lost. Returns their ids, oldest first."""
+    def crash(self) -> list[Lost]:
+        """The engine dies: its step never ends and its requests are lost. Returns them, oldest first."""
         self.catch_up()
         self._is_lost = True
         if self._flight is not None:
             self._loop.cancel(self._flight.handle)
             self._flight = None
-        lost = [RequestId(request_id) for request_id in self.machine.unfinished()]
-        for request_id in lost:
-            self._loop.deliver(self.name, SequenceAborted(request_id))
+        lost = []
+        for request_id in self.machine.unfinished():
+            sequence = self.machine.sequence(RequestId(request_id))
+            assert sequence is not None
+            num_output_tokens = sequence.num_tokens - sequence.num_prompt_tokens
+            lost.append(Lost(sequence.id, num_output_tokens, sequence.num_cached_tokens, sequence.num_preemptions))
+        for one in lost:
+            self._loop.deliver(self.name, SequenceAborted(one.request_id))
         return lost
 
     # --- from the machine --------------------------------------------------------------------------------------------
@@ -196,7 +275,10 @@ class SimulatedInstance:
         if isinstance(command, RunStep):
             self._start(command, now)
         elif isinstance(command, RejectSequence):
+            self._returning.discard(command.request_id)
             self._listener.on_rejected(self.spec.id, command.request_id, now, command.reason)
+        elif self._journeys is not None:
+            self._journeys.on_answer(self, command, now)
 
     def catch_up(self) -> None:
         """Tell the machine of the steps of a run that have ended by now, and let the one under way be the last."""
@@ -232,14 +314,16 @@ class SimulatedInstance:
     def _start(self, command: RunStep, now: Instant) -> None:
         step = self.machine.composition
         first_tokens = self._list_ends(step.caught_up) if step.caught_up else []
+        returned = self._list_returned(step.caught_up) if self._returning else []
         prefills, num_decodes, num_context_tokens = step.prefills, step.num_decodes, step.num_context_tokens
         self._beside = self._overhead + (self._skew(command) if self._skew_time is not None else 0)
         ends: Sequence[int] = (self._time(prefills, num_decodes, num_context_tokens) + self._beside,)
-        flight = _Flight(command, now, ends, first_tokens)
+        flight = _Flight(command, now, ends, first_tokens, returned)
         self._flight = flight
         if self._may_leap and not step.caught_up and not prefills and self.machine.num_repeats():
-            if self._loop.is_recording:
-                # Rows are written in the order of time: look how far nothing else happens, once this instant is over.
+            if self._loop.is_recording or self._told_at == now:
+                # Rows are written in the order of time, and of what the machine is yet to be told at this instant it
+                # must hear before it leaps: look how far nothing else happens, once this instant is over.
                 self._loop.call_at(now, lambda _: self._prolong(flight), rank=RANK_TAKE_OFF)
             else:
                 flight.ends = self._run_ends(self._num_steps_alike())
@@ -276,23 +360,32 @@ class SimulatedInstance:
             num_given = sequence.num_computed_tokens - sequence.num_prompt_tokens
             if num_given == 0:
                 first_tokens.append(request_id)
-            if request_id not in self._is_listed:
+            if request_id not in self._listing:
                 num_owed = self._truth.num_output_tokens(sequence.request, self.spec.limits)
-                self._is_listed.add(request_id)
                 self._num_listed += 1
+                self._listing[request_id] = self._num_listed
                 heappush(self._ends, (self._num_steps + num_owed - num_given - 1, self._num_listed, request_id))
         return first_tokens
+
+    def _list_returned(self, sequences: Sequence[GrantedSequence]) -> list[RequestId]:
+        """Whose token with the step under way is to be told of."""
+        returned = [sequence.id for sequence in sequences if sequence.id in self._returning]
+        self._returning.difference_update(returned)
+        return returned
 
     def _next_end(self) -> int | None:
         """The number of the step that next gives somebody's last token; None if nobody gives tokens."""
         ends = self._ends
         while ends:
             due, number, request_id = ends[0]
+            if self._listing.get(request_id) != number:
+                heappop(ends)
+                continue
             sequence = self.machine.sequence(request_id)
             if sequence is None or sequence.num_computed_tokens != sequence.num_tokens:
                 # It is gone, or will be listed again when it has caught up.
                 heappop(ends)
-                self._is_listed.discard(request_id)
+                del self._listing[request_id]
                 continue
             num_given = sequence.num_computed_tokens - sequence.num_prompt_tokens
             num_owed = self._truth.num_output_tokens(sequence.request, self.spec.limits)
@@ -307,7 +400,7 @@ class SimulatedInstance:
         ending = []
         while self._next_end() == self._num_steps:
             _, _, request_id = heappop(self._ends)
-            self._is_listed.discard(request_id)
+            del self._listing[request_id]
             sequence = self.machine.sequence(request_id)
             if sequence is not None:
                 ending.append(sequence)
@@ -354,6 +447,9 @@ class SimulatedInstance:
         for request_id in flight.first_tokens:
             if machine.sequence(request_id) is not None:
                 self._listener.on_first_token(self.spec.id, request_id, now)
+        for request_id in flight.returned:
+            if self._journeys is not None and machine.sequence(request_id) is not None:
+                self._journeys.on_returned(self.spec.id, request_id, now)
         ended = self._ending(flight.command)
         for sequence in ended:
             num_output_tokens = sequence.num_tokens - sequence.num_prompt_tokens + 1

@@ -1,6 +1,7 @@
 """vLLM's real scheduler as an instance machine, so that the simulated world can run on the engine's own decisions."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from rota.base.errors import LawBroken
@@ -10,7 +11,7 @@ from rota.serving.instance.composition import StepComposition
 from rota.serving.instance.machine import InstanceStatistics
 from rota.serving.model.commands import Grant, InstanceCommand, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
-from rota.serving.model.instance import InstanceLimits
+from rota.serving.model.instance import WAITING_REPORTED_MAX, InstanceLimits, SequenceReport
 from rota.serving.model.request import Request, RequestId
 from rota.serving.stack import EnginePolicies
 
@@ -58,6 +59,16 @@ class VllmMachine:
     def sequence(self, request_id: RequestId) -> "_Sequence | None":
         request = self._vllm.scheduler.requests.get(request_id)
         return None if request is None else _Sequence(self._requests[request_id], request)
+
+    def reported(self) -> tuple[tuple[SequenceReport, ...], tuple[SequenceReport, ...]]:
+        return (
+            tuple([self._report(request) for request in self.running]),
+            tuple([self._report(request) for request in islice(self.waiting, WAITING_REPORTED_MAX)]),
+        )
+
+    def _report(self, request: Any) -> SequenceReport:
+        num_blocks = -(-request.num_computed_tokens // self.limits.block_size)
+        return SequenceReport(request.request_id, request.num_tokens, num_blocks, request.priority)
 
     def num_repeats(self) -> int:
         """0: vLLM is asked for every step."""
@@ -177,6 +188,10 @@ class _Sequence:
     @property
     def id(self) -> RequestId:
         return self.request.id
+
+    @property
+    def state(self) -> str:
+        return "running" if self._vllm.status.name == "RUNNING" else "waiting"
 
     @property
     def num_computed_tokens(self) -> int:
