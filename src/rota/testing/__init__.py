@@ -6,6 +6,7 @@ from rota.testing.batch import check_batch_policy
 from rota.testing.dispatch import check_dispatch_policy
 from rota.testing.formats import check_format
 from rota.testing.memory import check_memory_policy
+from rota.testing.migration import check_migration_policy
 from rota.testing.order import check_order_policy
 from rota.testing.step_time import check_step_time
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_dispatch_policy",
     "check_format",
     "check_memory_policy",
+    "check_migration_policy",
     "check_order_policy",
     "check_step_time",
 ]

@@ -76,7 +76,7 @@ def clusters(*, num_instances_min: int = 1) -> st.SearchStrategy[ClusterSample]:
     instance = instances_that_do_not_tell() | instances_that_tell()
     return st.builds(
         lambda now, samples: ClusterSample(
-            Instant(now), tuple(_renamed(sample, position, now) for position, sample in enumerate(samples))
+            Instant(now), tuple(at_position(sample, position, now) for position, sample in enumerate(samples))
         ),
         now=st.integers(0, 10**15),
         samples=st.lists(instance, min_size=num_instances_min, max_size=8),
@@ -111,7 +111,7 @@ def instances_that_tell(
         block_size=st.sampled_from([16, 16, 32]),
         max_num_seqs=st.sampled_from([4, 256]),
         num_unknown=st.integers(0, 3),
-        is_draining=draining or st.just(False),
+        is_draining=st.just(False) if draining is None else draining,
     )
 
 
@@ -148,7 +148,7 @@ def check_dispatch_policy(
     def ties_break_by_id(request: Request, cluster: ClusterSample) -> None:
         model = cluster.instances[0]
         assert isinstance(model, InstanceSample)
-        alike = tuple(_renamed(model, position, cluster.now) for position in range(len(cluster.instances)))
+        alike = tuple(at_position(model, position, cluster.now) for position in range(len(cluster.instances)))
         pick = _ask(factory(), request, ClusterSample(cluster.now, alike))
         if pick.instance_id != alike[0].id:
             raise LawBroken(
@@ -235,7 +235,7 @@ def _telling(
     )
 
 
-def _renamed(sample: InstanceSample, position: int, now: int) -> InstanceSample:
+def at_position(sample: InstanceSample, position: int, now: int) -> InstanceSample:
     """The sample with the id of a position, sequences named after it, and, if it ever reported, a report no later than
     `now`."""
     named = [

@@ -137,10 +137,10 @@ class Freeness:
         num_tokens = num_high = num_in_prefill = 0
         high_priority_max = self._high_priority_max
         for sequence in running:
-            num_held, num_known = sequence.num_blocks * block_size, sequence.num_tokens
-            if num_held < num_known:
-                num_held = blocks_for(num_known, block_size) * block_size
-                num_in_prefill += num_known - 1
+            num_held, num_computed = sequence.num_blocks * block_size, sequence.num_tokens - 1
+            if num_held < num_computed:
+                num_held = blocks_for(num_computed, block_size) * block_size
+                num_in_prefill += num_computed
             num_tokens += num_held
             if sequence.priority <= high_priority_max:
                 num_high += 1
@@ -167,11 +167,16 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def is_in_prefill(sequence: SequenceReport, block_size: int) -> bool:
+    """Whether one that runs holds fewer blocks than its known tokens but the last need, which decode does not."""
+    return sequence.num_blocks * block_size < sequence.num_tokens - 1
+
+
 def room_of(sequence: SequenceReport, block_size: int) -> int:
     """Tokens of capacity that a running request uses: the blocks that it holds, or during its prefill those that it
     will. An engine that computes a prompt at once gives it all of them on admission; one that chunks gives them bit by
     bit, and looks free meanwhile."""
-    return max(sequence.num_blocks, blocks_for(sequence.num_tokens, block_size)) * block_size
+    return max(sequence.num_blocks, blocks_for(sequence.num_tokens - 1, block_size)) * block_size
 
 
 def _untold(view: InstanceView) -> tuple[int, int]:

@@ -5,6 +5,10 @@ from rota.base.registry import Registry
 MIGRATION: Registry = Registry(
     "migration policy",
     {
+        "balance_load": "rota.serving.policies.migration.balance_load:BalanceLoad",
+        "defragment": "rota.serving.policies.migration.defragment:Defragment",
+        "drain": "rota.serving.policies.migration.drain:Drain",
+        "isolate_class": "rota.serving.policies.migration.isolate_class:IsolateClass",
         "none": "rota.serving.policies.migration.none:NoneMoved",
     },
     entry_point_group="rota.migration",
