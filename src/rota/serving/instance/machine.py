@@ -149,9 +149,9 @@ class InstanceMachine:
                 f"law 4: {len(self.running)} sequences run and {moving.num_slots} slots are set aside, "
                 f"{self.limits.max_num_seqs} may"
             )
-        for sequence in self.running:
-            if sequence.num_computed_tokens > sequence.num_blocks * self.limits.block_size:
-                raise LawBroken(f"law 3: {sequence!r} has more tokens than slots")
+        for sequence in [*self.running, *moving.resting.values()]:
+            if sequence.num_blocks != -(-sequence.num_computed_tokens // self.limits.block_size):
+                raise LawBroken(f"law 3: {sequence!r} has more tokens than slots, or blocks that it does not need")
 
     def statistics(self) -> InstanceStatistics:
         return InstanceStatistics(
@@ -314,8 +314,10 @@ class InstanceMachine:
         self._unsettle()
         self._group.dissolve()
         self.apart = list(self.running)
-        preempted, reasons = list(self._unsaid[0]), list(self._unsaid[1])
+        unsaid_preempted, unsaid_reasons = self._unsaid
         self._unsaid = ((), ())
+        preempted = [request_id for request_id in unsaid_preempted if request_id in self._sequences]
+        reasons = [reason for reason in unsaid_reasons if reason.request_id in self._sequences]
         for _ in range(REPLANS_MAX):
             draft = StepDraft(self, self._ledger, self._memory)
             self._ledger.begin()
