@@ -7,6 +7,7 @@ MIGRATION: Registry = Registry(
     {
         "balance_load": "rota.serving.policies.migration.balance_load:BalanceLoad",
         "defragment": "rota.serving.policies.migration.defragment:Defragment",
+        "defragment_plan": "rota.serving.policies.migration.defragment_plan:DefragmentPlan",
         "drain": "rota.serving.policies.migration.drain:Drain",
         "isolate_class": "rota.serving.policies.migration.isolate_class:IsolateClass",
         "none": "rota.serving.policies.migration.none:NoneMoved",
