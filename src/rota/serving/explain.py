@@ -9,11 +9,25 @@ from rota.base.errors import DataError
 from rota.base.instant import Instant, to_milliseconds, to_seconds
 from rota.base.journal import Row
 from rota.base.nearest import did_you_mean
-from rota.serving.model.commands import EVERYBODY, Abort, ClusterCommand, Dispatch, Fail, Hold, Reject, RunStep
+from rota.serving.model.commands import (
+    EVERYBODY,
+    Abort,
+    AbortMigration,
+    ClusterCommand,
+    Dispatch,
+    Fail,
+    HandOver,
+    Hold,
+    Migrate,
+    Reject,
+    RunStep,
+    Way,
+)
 from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
     FirstTokenSeen,
+    HandedOver,
     InstanceLost,
     InstanceStarted,
     RequestArrived,
@@ -65,6 +79,9 @@ class Story(msgspec.Struct, frozen=True):
     e2e_ms: float | None
     moments: tuple[Moment, ...]
     waits: tuple[Wait, ...]
+    num_migrations: int = 0
+    num_resumptions: int = 0
+    """Attempts that went on from a token that the client had got."""
 
     def lines(self) -> list[str]:
         """The story as text, with times since the arrival."""
@@ -75,6 +92,10 @@ class Story(msgspec.Struct, frozen=True):
         )
         told = [f"{_since(moment.at - request.arrived_at)}  {moment.text}" for moment in self.moments]
         counts = [f"attempts {self.num_attempts}", f"preemptions {self.num_preemptions}"]
+        if self.num_migrations:
+            counts.append(f"moves {self.num_migrations}")
+        if self.num_resumptions:
+            counts.append(f"resumptions {self.num_resumptions}")
         if self.ttft_ms is not None:
             counts.append(f"ttft {self.ttft_ms:,.1f} ms")
         if self.e2e_ms is not None:
@@ -132,6 +153,9 @@ class _Teller:
         self._at = Instant(0)
         self._num_attempts = 0
         self._num_preemptions = 0
+        self._num_migrations = 0
+        self._num_resumptions = 0
+        self._move: Migrate | None = None
         self._num_output_tokens: int | None = None
 
     def take(self, row: Row) -> None:
@@ -162,6 +186,8 @@ class _Teller:
             e2e_ms=_since_arrival_ms(self._ended_at, self._arrived_at) if self._end == "finished" else None,
             moments=tuple(self._moments),
             waits=tuple(self._waits),
+            num_migrations=self._num_migrations,
+            num_resumptions=self._num_resumptions,
         )
 
     def _tell(self, what: str, text: str) -> None:
@@ -184,21 +210,36 @@ class _Teller:
                 self._arrived(request)
             case RequestFinished() | ClientLeft():
                 self._unfinished.pop(event.request_id, None)
+            case HandedOver():
+                self._handed_over(event)
         if getattr(event, "request_id", None) != self._id:
             return
         match event:
+            case FirstTokenSeen() if self._first_token_at is not None:
+                self._tell("next_token", f"the next token came from {event.instance_id}")
             case FirstTokenSeen():
                 self._first_token_at = self._at
                 ttft = to_milliseconds(self._at - self._arrived_at)
                 self._tell("first_token", f"first token from {event.instance_id}, {ttft:,.1f} ms after arrival")
             case RequestFailed():
-                self._tell("attempt_failed", f"the attempt at {event.instance_id} failed: {event.reason}")
+                had = "" if event.num_output_tokens is None else f" after {event.num_output_tokens:,} tokens"
+                self._tell("attempt_failed", f"the attempt at {event.instance_id} failed{had}: {event.reason}")
             case RequestFinished():
                 self._num_output_tokens = event.num_output_tokens
                 tokens = "" if event.num_output_tokens is None else f", {event.num_output_tokens:,} output tokens"
                 self._over("finished", f"finished at {event.instance_id}{tokens}")
             case ClientLeft():
                 self._over("aborted", "the client left")
+
+    def _handed_over(self, event: HandedOver) -> None:
+        move = self._move
+        if move is None or move.migration_id != event.migration_id:
+            return
+        self._move = None
+        self._num_migrations += 1
+        stood = f"stood for {to_milliseconds(event.downtime):,.1f} ms"
+        copied = f", {event.num_bytes:,} bytes were copied" if event.num_bytes else ""
+        self._tell("moved", f"moved from {move.source} to {move.destination}: {stood}{copied}")
 
     def _arrived(self, request: Request) -> None:
         self._seen[request.id] = None
@@ -222,8 +263,10 @@ class _Teller:
                 self._num_attempts = command.attempt
                 self._let_in(command.admission)
                 scores = ", ".join(f"{instance_id} {score:.2f}" for instance_id, score in command.scores)
-                text = f"sent to {command.instance_id}: {command.reason}"
-                self._tell("dispatched", f"{text} (scores: {scores})" if scores else text)
+                goes_on = command.num_output_tokens > 0
+                self._num_resumptions += goes_on
+                text = f"sent to {command.instance_id}{' to go on' if goes_on else ''}: {command.reason}"
+                self._tell("resumed" if goes_on else "dispatched", f"{text} (scores: {scores})" if scores else text)
             case Hold():
                 self._let_in(command.admission)
                 self._tell("held", f"held at the router: {command.reason}")
@@ -231,6 +274,18 @@ class _Teller:
                 self._over("rejected", f"refused with status {command.status}: {command.reason}")
             case Fail():
                 self._over("failed", f"failed: {command.reason}")
+            case Migrate():
+                self._move = command
+                text = f"to be moved from {command.source} to {command.destination} {HOW[command.way]}"
+                self._tell("move_begun", f"{text}: {command.reason}")
+            case HandOver() if self._move is not None:
+                self._tell(
+                    "hand_over", f"room is kept at {self._move.destination}; told to stop at {self._move.source}"
+                )
+            case AbortMigration():
+                where = "" if self._move is None else f" from {self._move.source} to {self._move.destination}"
+                self._move = None
+                self._tell("move_given_up", f"the move{where} was given up: {command.reason}")
             case Abort():
                 self._tell("abort_ordered", f"{command.instance_id} was told to stop: {command.reason}")
 
@@ -278,6 +333,12 @@ class _Teller:
                 why = _why_preempted(step, residents, was_running, self._request)
                 self._tell("preempted", f"preempted before step {step.step_id}: {why}")
                 self._waiting = _Waiting(machine, self._at)
+            case "stopped":
+                self._tell("rests", f"{instance_id} let it rest, with its blocks")
+            case "adopted":
+                self._tell("adopted", f"{instance_id} took it up with its blocks")
+            case "resumed":
+                self._tell("goes_on", f"{instance_id} goes on with it")
             case "rejected":
                 self._waiting = None
                 self._tell("refused", f"{instance_id} refused it: {change.reason}")
@@ -330,6 +391,11 @@ def _steps(count: int) -> str:
     return "step" if count == 1 else "steps"
 
 
+HOW = {
+    Way.COPY: "by copying its blocks while it decodes",
+    Way.HAND_OFF: "by handing over its blocks",
+    Way.REPLAY: "by computing its tokens anew",
+}
 WHY_REFUSED = {
     "no_budget": "the step's token budget was spent",
     "no_slot": "every slot was taken",

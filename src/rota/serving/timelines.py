@@ -1,21 +1,38 @@
 """A journal as a picture: steps as spans, requests as spans that may cross, memory as counters, decisions as marks."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from itertools import chain, count
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from rota.base.instant import Instant, to_milliseconds
 from rota.base.journal import Row
 from rota.base.timeline import Timeline
-from rota.serving.model.commands import Abort, Dispatch, Fail, Hold, Reject, RejectSequence, RunStep
+from rota.serving.model.commands import (
+    Abort,
+    AbortMigration,
+    Dispatch,
+    Fail,
+    Hold,
+    Migrate,
+    Reject,
+    RejectSequence,
+    RunStep,
+    SequenceStopped,
+)
 from rota.serving.model.events import (
     ClientLeft,
+    HandedOver,
     InstanceDraining,
     InstanceLost,
     InstanceStarted,
     RequestArrived,
     RequestFinished,
     SequenceAborted,
+    SequenceAdopted,
     SequenceArrived,
+    SequenceLeft,
+    SequenceResumed,
     StepFinished,
 )
 from rota.serving.model.instance import InstanceId
@@ -25,6 +42,7 @@ ROUTER_MACHINE = "cluster"
 ROUTER = "router"
 """The router's resource in a timeline."""
 STEPS, DECISIONS = "steps", "decisions"
+MOVES_OUT, MOVES_IN = "moves out", "moves in"
 
 
 def instance_of(machine: str) -> InstanceId:
@@ -40,7 +58,9 @@ def resource_of(machine: str) -> str:
 class Change(NamedTuple):
     """What a row did to one request on an instance."""
 
-    what: Literal["queued", "admitted", "preempted", "finished", "aborted", "rejected"]
+    what: Literal[
+        "queued", "admitted", "preempted", "finished", "aborted", "rejected", "adopted", "stopped", "resumed", "left"
+    ]
     request_id: RequestId
     reason: str = ""
 
@@ -73,9 +93,19 @@ class Residents:
                     self._leave(request_id, Change("finished", request_id), changes)
             case SequenceAborted(request_id):
                 self._leave(request_id, Change("aborted", request_id), changes)
+            case SequenceAdopted(request):
+                self.requests[request.id] = request
+                self.running[request.id] = None
+                changes.append(Change("adopted", request.id))
+            case SequenceResumed(request_id) if request_id in self.requests:
+                changes.append(Change("resumed", request_id))
+            case SequenceLeft(request_id):
+                self._leave(request_id, Change("left", request_id), changes)
         for command in row.commands:
             if isinstance(command, RejectSequence):
                 self._leave(command.request_id, Change("rejected", command.request_id, command.reason), changes)
+            elif isinstance(command, SequenceStopped):
+                changes.append(Change("stopped", command.request_id))
             elif isinstance(command, RunStep):
                 self._begin(command, row.at, changes)
         return changes
@@ -117,6 +147,12 @@ class _Drawing:
         """Open phases of requests on instances: name and begin."""
         self._requests: dict[RequestId, tuple[Request, Instant]] = {}
         """Requests that have not ended at the router."""
+        self._resources: dict[InstanceId, str] = {}
+        """What the timeline calls the latest incarnation of each instance."""
+        self._moves: dict[int, _Move] = {}
+        """Under way, by their ids."""
+        self._moved_in: dict[tuple[str, str], Instant] = {}
+        """Until when each track of arrivals is taken."""
 
     def take(self, row: Row) -> None:
         self._at = row.at
@@ -133,6 +169,8 @@ class _Drawing:
             self._close_phase(machine, request_id, "unfinished")
         for request_id in list(self._requests):
             self._close_request(request_id, "unfinished")
+        for migration_id in list(self._moves):
+            self._close_move(migration_id, "unfinished")
 
     # --- the router ---------------------------------------------------------------------------------------------------
 
@@ -144,6 +182,8 @@ class _Drawing:
                 self._close_request(row.event.request_id, "finished")
             case ClientLeft(request_id):
                 self._close_request(request_id, "aborted")
+            case HandedOver():
+                self._arrive(row.event)
             case InstanceStarted(spec):
                 self._mark(ROUTER, f"started {spec.id}", {})
             case InstanceLost():
@@ -160,6 +200,8 @@ class _Drawing:
                 "reason": command.reason,
                 "attempt": command.attempt,
             }
+            if command.num_output_tokens:
+                facts["num_output_tokens"] = command.num_output_tokens
             if command.scores:
                 facts["scores"] = dict(command.scores)
             self._mark(ROUTER, f"dispatch to {command.instance_id}", facts)
@@ -175,6 +217,16 @@ class _Drawing:
         elif isinstance(command, Abort):
             facts = {"request": command.request_id, "reason": command.reason}
             self._mark(ROUTER, f"abort at {command.instance_id}", facts)
+        elif isinstance(command, Migrate):
+            self._mark(
+                ROUTER,
+                f"move {command.source} to {command.destination}",
+                {"request": command.request_id, "way": command.way.value, "reason": command.reason},
+            )
+            taken = {move.track for move in self._moves.values() if move.order.source == command.source}
+            self._moves[command.migration_id] = _Move(command, self._at, _free_track(MOVES_OUT, taken))
+        elif isinstance(command, AbortMigration):
+            self._close_move(command.migration_id, f"given up: {command.reason}")
 
     def _close_request(self, request_id: RequestId, end: str) -> None:
         found = self._requests.pop(request_id, None)
@@ -184,10 +236,49 @@ class _Drawing:
                 request_id, ROUTER, "request", began_at, self._at, {**_facts_of(request), "end": end}
             )
 
+    # --- moves --------------------------------------------------------------------------------------------------------
+
+    def _arrive(self, event: HandedOver) -> None:
+        """Draw the time in which a request stood at neither side, and the arrow from where it stopped."""
+        move = self._moves.get(event.migration_id)
+        if move is None:
+            return  # it was given up before this was heard of
+        stopped_at = max(move.began_at, Instant(self._at - event.downtime))
+        order = move.order
+        facts = {"downtime_ms": to_milliseconds(event.downtime), "num_bytes": event.num_bytes}
+        source, destination = self._resource(order.source), self._resource(order.destination)
+        # One that ends where another begins does not cross it, so that a second track is for those at one time only.
+        taken = {
+            track
+            for (resource, track), until in self._moved_in.items()
+            if resource == destination and until > stopped_at
+        }
+        track = _free_track(MOVES_IN, taken)
+        self._moved_in[destination, track] = self._at
+        name = f"{order.request_id} from {order.source}"
+        self.timeline.add_span(destination, track, name, stopped_at, self._at, {"request": order.request_id, **facts})
+        arrow = f"{order.request_id} moves"
+        self.timeline.add_flow(arrow, (source, move.track, stopped_at), (destination, track, stopped_at))
+        self._close_move(event.migration_id, "handed over", facts)
+
+    def _close_move(self, migration_id: int, end: str, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
+        move = self._moves.pop(migration_id, None)
+        if move is not None:
+            order = move.order
+            args = {"request": order.request_id, "way": order.way.value, "reason": order.reason, "end": end, **facts}
+            name = f"{order.request_id} to {order.destination}"
+            self.timeline.add_span(self._resource(order.source), move.track, name, move.began_at, self._at, args)
+
+    def _resource(self, instance_id: InstanceId) -> str:
+        return self._resources.get(instance_id, instance_id)
+
     # --- instances ----------------------------------------------------------------------------------------------------
 
     def _instance(self, row: Row) -> None:
-        residents = self._instances.setdefault(row.machine, Residents())
+        residents = self._instances.get(row.machine)
+        if residents is None:
+            residents = self._instances[row.machine] = Residents()
+            self._resources[instance_of(row.machine)] = resource_of(row.machine)
         step = residents.step
         if step is not None and isinstance(row.event, StepFinished):
             self._close_step(row.machine, residents, step, is_finished=True)
@@ -211,6 +302,12 @@ class _Drawing:
                 self._close_phase(machine, request_id, "preempted")
                 self._phases[machine, request_id] = ("preempted", self._at)
                 self._mark(resource_of(machine), "preempt", {"request": request_id})
+            case "adopted" | "resumed":
+                self._close_phase(machine, request_id, change.what)
+                self._phases[machine, request_id] = ("running", self._at)
+            case "stopped":
+                self._close_phase(machine, request_id, "stopped")
+                self._phases[machine, request_id] = ("stopped", self._at)
             case "rejected":
                 self._close_phase(machine, request_id, "rejected")
                 self._mark(resource_of(machine), "reject", {"request": request_id, "reason": change.reason})
@@ -241,6 +338,21 @@ class _Drawing:
 
     def _mark(self, resource: str, name: str, args: dict[str, Any]) -> None:
         self.timeline.add_instant(resource, DECISIONS, name, self._at, args)
+
+
+class _Move(NamedTuple):
+    """A migration under way."""
+
+    order: Migrate
+    began_at: Instant
+    track: str
+    """Of its source, taken by no other move at that time."""
+
+
+def _free_track(name: str, taken: Collection[str]) -> str:
+    """The first of `name`, `name 2`, ... that is not taken: spans of one track must not cross."""
+    tracks = chain([name], (f"{name} {number}" for number in count(2)))
+    return next(track for track in tracks if track not in taken)
 
 
 def _kind_of_step(step: RunStep) -> str:
