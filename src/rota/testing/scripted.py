@@ -36,6 +36,8 @@ class ScriptedServer:
         self.healthy = True
         self.num_posts = 0
         self.heads: list[bytes] = []
+        self.gets: dict[bytes, bytes] = {}
+        """Answers to further GETs, by path."""
         self.num_dropped = 0
         """POST connections that the router closed before the script was over."""
         self._server: asyncio.Server | None = None
@@ -44,6 +46,9 @@ class ScriptedServer:
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def answers_gets(self) -> None:
+        """Returns when the server answers GETs; this one always does."""
 
     def die(self) -> None:
         assert self._server is not None
@@ -56,7 +61,10 @@ class ScriptedServer:
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                if head.startswith(b"GET /health"):
+                await self.answers_gets()
+                if head.startswith(b"GET") and (path := head.split(b" ")[1]) in self.gets:
+                    writer.write(self.gets[path])
+                elif head.startswith(b"GET /health"):
                     writer.write(plain(200 if self.healthy else 503, {}))
                 elif head.startswith(b"GET /v1/models"):
                     writer.write(plain(200, {"object": "list", "data": [{"id": "scripted", "object": "model"}]}))

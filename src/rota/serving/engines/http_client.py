@@ -73,7 +73,9 @@ class HttpClient:
         collected = _Collected(body_bytes_max)
         call = self.send(method, path, [], b"", collected)
         try:
-            status = await asyncio.wait_for(collected.done, timeout_seconds)
+            # Not `wait_for`: until Python 3.12 it may lose a cancellation that comes with the answer.
+            async with asyncio.timeout(timeout_seconds):
+                status = await collected.done
         except TimeoutError:
             raise EngineError(f"{self.url}{path}: no answer within {timeout_seconds:g} s") from None
         except EngineError as error:
@@ -93,7 +95,8 @@ class HttpClient:
     async def connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
         connecting = loop.create_connection(lambda: _Connection(self), self.host, self.port, ssl=self._ssl)
-        _, connection = await asyncio.wait_for(connecting, self._connect_timeout)
+        async with asyncio.timeout(self._connect_timeout):
+            _, connection = await connecting
         return connection
 
     def opened(self, connection: "_Connection") -> None:

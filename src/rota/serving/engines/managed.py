@@ -22,8 +22,9 @@ class ManagedEngine(OpenAIEngine):
         *,
         capabilities: EngineCapabilities = NOTHING,
         restart: RestartRule | None = None,
+        probe_timeout_seconds: float = 5.0,
     ) -> None:
-        super().__init__(instance_id, url, capabilities=capabilities)
+        super().__init__(instance_id, url, capabilities=capabilities, probe_timeout_seconds=probe_timeout_seconds)
         self.process = EngineProcess(process, restart=restart)
 
     def on_exit(self, heard: Callable[[str], None]) -> None:

@@ -9,7 +9,7 @@ from rota.base.errors import EngineError
 from rota.base.instant import Instant
 from rota.serving.engines.engine import AnswerSink, EngineCall, EngineStatus
 from rota.serving.engines.http_client import Call, Headers, HttpClient
-from rota.serving.model.capabilities import NOTHING, EngineCapabilities
+from rota.serving.model.capabilities import NOTHING, Capability, EngineCapabilities
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceReport, InstanceSpec
 from rota.serving.model.request import RequestId
 
@@ -29,6 +29,9 @@ _DROPPED = frozenset(
 
 _SAMPLE = re.compile(rb"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{[^}\n]*\})? +([0-9.eE+-]+)", re.MULTILINE)
 _CACHE_CONFIG = re.compile(rb"^vllm:cache_config_info\{([^\n]*)\} ", re.MULTILINE)
+_VERSION = re.compile(rb'"version": ?"(\d{1,6})\.(\d{1,6})')
+_FIRST_VLLM_TO_RESUME = (0, 32)
+"""The first that was tried. An older one might answer a chat from its beginning."""
 _LABEL = re.compile(rb'([a-z_]+)="([^"]*)"')
 _RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs", b"llamacpp:requests_processing")
 _WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs", b"llamacpp:requests_deferred")
@@ -164,7 +167,18 @@ class OpenAIEngine:
         # Prompt lengths are estimates here, so no bound on the model's length is set: the engine itself refuses what is
         # too long, by the true count.
         limits = InstanceLimits(num_blocks=num_blocks, block_size=block_size, max_model_len=_UNKNOWN_MODEL_LEN)
-        return EngineStatus(InstanceSpec(self._id, limits, capabilities=self._capabilities), models)
+        capabilities = self._capabilities
+        if self._is_vllm and await self._takes_token_ids():
+            capabilities = capabilities | {Capability.RESUME_FROM_TOKENS}
+        return EngineStatus(InstanceSpec(self._id, limits, capabilities=capabilities), models)
+
+    async def _takes_token_ids(self) -> bool:
+        """Whether it is a vLLM that tells the ids of its tokens and takes a prompt, of a chat too, as token ids."""
+        try:
+            found = _VERSION.search(await self._get("/version"))
+        except EngineError:
+            return False
+        return found is not None and (int(found[1]), int(found[2])) >= _FIRST_VLLM_TO_RESUME
 
     async def _get(self, path: str) -> bytes:
         return await self.client.fetch("GET", path, timeout_seconds=self._timeout)

@@ -16,7 +16,8 @@ from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
 from rota.serving.frontdoor.openapi import describe
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.frontdoor.telemetry import Telemetry
-from rota.serving.live.cluster import Answer, LiveCluster
+from rota.serving.live.attempt import Answer
+from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.watch import EngineWatch
 from rota.serving.model.instance import InstanceId
 
@@ -37,13 +38,14 @@ class FrontDoor:
         *,
         limits: HttpLimits | None = None,
         default_max_tokens: int = 1024,
+        resume: bool = True,
     ) -> None:
         self.cluster = cluster
         self.watches = watches
         self.telemetry = Telemetry()
         self.telemetry.registry.register(InstanceCollector(cluster, watches))
         self.server = HttpServer(self._handle, limits=limits, refused=self._refused)
-        self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens)
+        self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens, resume=resume)
         self._description = msgspec.json.encode(describe(self.server.limits))
         self._admin = InstanceAdmin(cluster, self._send)
         self._routes: dict[str, tuple[str, Callable[[Exchange], None]]] = {
@@ -176,6 +178,9 @@ class _Conversation:
         self._has_started = True
         self._door.telemetry.ttft.observe(time.monotonic() - self._started_at)
         self._exchange.start(status, self._named(headers), first)
+
+    def on_resumed(self, gap_seconds: float) -> None:
+        self._door.telemetry.resumption_gap.observe(gap_seconds)
 
     def on_end(self, num_output_tokens: int | None) -> None:
         self._finished(self._exchange.status, num_output_tokens)

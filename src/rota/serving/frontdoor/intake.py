@@ -6,6 +6,7 @@ from rota.serving.frontdoor import bodies, prompts
 from rota.serving.frontdoor.http1 import HttpRequest
 from rota.serving.frontdoor.identity import PRIORITY_HEADER, REQUEST_ID_HEADER, Identity, read_identity
 from rota.serving.frontdoor.problems import Problem
+from rota.serving.frontdoor.travel import chat_travels, completion_travels
 from rota.serving.model.request import DEFAULT_TENANT, ProgramId, Request, RequestId, TenantId
 
 CHAT = "/v1/chat/completions"
@@ -40,11 +41,13 @@ _NOT_FORWARDED = frozenset(
 class Intake:
     """Reads requests and names them. One for each front door."""
 
-    def __init__(self, *, name: str, default_max_tokens: int = 1024) -> None:
+    def __init__(self, *, name: str, default_max_tokens: int = 1024, resume: bool = True) -> None:
         """`name` distinguishes the request ids of this run; `default_max_tokens` is what policies are told where the
-        client set no limit for a chat, and is not sent to the engine."""
+        client set no limit for a chat, and is not sent to the engine. Without `resume` every request stays where it
+        began."""
         self._name = name
         self._default_max_tokens = default_max_tokens
+        self._resume = resume
         self._num_requests = 0
 
     def read(self, http: HttpRequest, now: Instant) -> EngineCall:
@@ -53,16 +56,21 @@ class Intake:
         bodies.check_encoding(http.body)
         identity = read_identity(http.headers)
         body: bodies.Body
+        movable = False
         if http.path == CHAT:
             body, messages = bodies.read_chat(http.body)
             prompt, tools = bytes(body.messages), bytes(body.tools)
             num_tokens = prompts.num_message_tokens(messages)
             max_tokens = body.max_completion_tokens or body.max_tokens or self._default_max_tokens
+            if body.stream and self._resume:
+                movable = chat_travels(http.body, messages)
         else:
             body, parsed = bodies.read_completion(http.body)
             prompt, tools = bytes(body.prompt), b""
             num_tokens = prompts.num_prompt_tokens(parsed)
             max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+            if body.stream and self._resume:
+                movable = completion_travels(http.body, parsed)
         request = Request(
             id=self._request_id(identity),
             arrived_at=now,
@@ -77,6 +85,7 @@ class Intake:
                 prompt, num_tokens, (body.model or "").encode(), (body.cache_salt or "").encode(), tools
             ),
             hash_block_tokens=prompts.TOKENS_PER_BLOCK,
+            movable=movable,
         )
         return EngineCall(
             request=request,

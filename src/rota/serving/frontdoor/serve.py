@@ -36,6 +36,8 @@ class ServeConfig(msgspec.Struct, frozen=True):
     """After how much silence an engine is taken to hang; None is never."""
     default_max_tokens: int = 1024
     """What policies are told where a client sets no limit."""
+    resume: bool = True
+    """Whether streams are followed event by event where they can then go on at another engine."""
     http: HttpLimits = HttpLimits()
     watch: WatchSettings = WatchSettings()
 
@@ -49,7 +51,11 @@ class Router:
         self.cluster = LiveCluster(loop, machine, engines, first_byte_timeout_seconds=config.first_byte_timeout_seconds)
         self.watches = [EngineWatch(engine, self.cluster, config.watch) for engine in engines]
         self.door = FrontDoor(
-            self.cluster, self.watches, limits=config.http, default_max_tokens=config.default_max_tokens
+            self.cluster,
+            self.watches,
+            limits=config.http,
+            default_max_tokens=config.default_max_tokens,
+            resume=config.resume,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._started: list[Engine] = []
@@ -81,6 +87,7 @@ class Router:
         for engine, watch in zip(self.engines, self.watches, strict=True):
             if isinstance(engine, ManagedEngine):
                 engine.on_exit(watch.engine_exited)
+                watch.on_hung = engine.process.kill
             if isinstance(engine, VllmEngine):
                 engine.on_report(watch.told)
             self._started.append(engine)

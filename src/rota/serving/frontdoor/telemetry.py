@@ -38,6 +38,12 @@ class Telemetry:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.resumption_gap = Histogram(
+            "rota:resumption_gap_seconds",
+            "From asking another engine to go on with a stream to its first token",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.unfinished = Gauge("rota:num_requests_unfinished", "Entered and not yet ended", registry=self.registry)
 
     def answered(self, endpoint: str, status: int) -> None:

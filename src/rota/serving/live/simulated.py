@@ -21,6 +21,7 @@ from rota.serving.assemble import System, SystemConfig, instance_name
 from rota.serving.engines.engine import AnswerSink, EngineCall, EngineStatus
 from rota.serving.instance.machine import InstanceMachine
 from rota.serving.live.placeholder import Placeholder
+from rota.serving.model.capabilities import Capability
 from rota.serving.model.commands import InstanceCommand, RejectSequence, RunStep
 from rota.serving.model.events import SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
@@ -28,6 +29,9 @@ from rota.serving.model.request import Request, RequestId
 
 _CATCH_UP_SECONDS = 0.05
 """A step that ends late, as timers do, shortens the next by up to so much: the pace is kept, not each step."""
+
+_NOT_LIVE = {Capability.RESUME_FROM_TOKENS, Capability.HAND_OVER_KV, Capability.COPY_KV}
+"""What its machine could do, and the answers that it speaks could not: they are text, without tokens or blocks."""
 
 _MEDIAN_TOKENS = 128
 _SIGMA = 0.7
@@ -135,7 +139,8 @@ class SimulatedEngine:
     def status(self) -> EngineStatus:
         """What it is."""
         model = {"id": self.model, "object": "model", "created": 0, "owned_by": "rota"}
-        return EngineStatus(self.spec, ({**model, "max_model_len": self.spec.limits.max_model_len},))
+        spec = msgspec.structs.replace(self.spec, capabilities=self.spec.capabilities - _NOT_LIVE)
+        return EngineStatus(spec, ({**model, "max_model_len": self.spec.limits.max_model_len},))
 
     def load(self) -> InstanceReport:
         """What it has to do now."""

@@ -1,14 +1,20 @@
-"""Watches one engine: tells the cluster when it becomes ready, when it is lost, and how loaded it says it is."""
+"""Watches one engine: tells the cluster when it becomes ready, when it is lost, and how loaded it says it is.
+
+Three probes in a row that fail are a loss; one is enough where no stream of the engine brought anything while it was
+waited for. An engine whose probes are well and whose streams all stand still is lost after `stall_seconds`.
+"""
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
 from rota.base.errors import EngineError
-from rota.base.instant import Duration, Instant
+from rota.base.instant import Duration, Instant, seconds
 from rota.serving.engines.engine import Engine, StepTotals
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.model.instance import InstanceReport
+from rota.serving.model.request import RequestId
 
 FACTS, PROBE = "facts", "probe"
 """Where a report comes from: the engine's own facts of its steps, or an answer to our asking."""
@@ -22,6 +28,8 @@ class WatchSettings(msgspec.Struct, frozen=True):
     """While it is not ready."""
     num_failures_max: int = 3
     """Probes in a row that must fail before a ready engine is taken to be lost."""
+    stall_seconds: float = 30.0
+    """How long all that an engine has to do may be streams that bring nothing after they began."""
 
 
 class EngineWatch:
@@ -40,6 +48,11 @@ class EngineWatch:
         self._cluster = cluster
         self._settings = settings or WatchSettings()
         self._num_failures = 0
+        self._streams: dict[RequestId, bytes | None] = {}
+        self._silent_before: dict[RequestId, bytes | None] = {}
+        self._silent_since: Instant | None = None
+        self.on_hung: Callable[[], None] = lambda: None
+        """Called when the engine is lost though nobody said that it ended."""
 
     @property
     def is_ready(self) -> bool:
@@ -54,6 +67,7 @@ class EngineWatch:
     def told(self, report: InstanceReport, age: Duration, steps: StepTotals) -> None:
         """The engine told of itself, unasked; `age` is how long ago it was as it says."""
         self.steps = steps
+        self._silent_since = None
         now = self._cluster.loop.now()
         self._pass_on(report, Instant(now - age), age, FACTS)
 
@@ -66,6 +80,7 @@ class EngineWatch:
             await asyncio.sleep(interval)
 
     async def _look(self) -> None:
+        self._streams = self._cluster.streams_at(self.engine.id)
         try:
             status = await self.engine.probe()
         except EngineError as error:
@@ -73,15 +88,42 @@ class EngineWatch:
             if not self.is_ready:
                 self.last_error = error.message
             elif self._num_failures >= self._settings.num_failures_max:
-                self.last_error = error.message
-                self.last_report = None
-                self._cluster.lost(self.engine.id, f"{self._num_failures} probes in a row failed: {error.message}")
+                self._lose(f"{self._num_failures} probes in a row failed: {error.message}")
+            elif self._is_silent():
+                self._lose(f"no stream brings anything, and a probe failed: {error.message}")
             return
         self._num_failures = 0
+        self._cluster.try_again(self.engine.id)
+        if self._is_stalled():
+            self._lose(f"its streams brought nothing for {self._settings.stall_seconds:g} s")
+            return
         if not self.is_ready:
             self.last_error = None
             self._cluster.started(status)
         await self._take_report()
+
+    def _lose(self, reason: str) -> None:
+        self.last_error = reason
+        self.last_report = None
+        self._cluster.lost(self.engine.id, reason)
+        self.on_hung()
+
+    def _is_silent(self) -> bool:
+        """Whether there were streams at the engine, and none brought anything since the look began."""
+        now = self._cluster.streams_at(self.engine.id)
+        return bool(now) and all(now.get(request_id, last) is last for request_id, last in self._streams.items())
+
+    def _is_stalled(self) -> bool:
+        """Whether streams are all that the engine has to do, and have brought nothing for too long."""
+        streams, before = self._cluster.streams_at(self.engine.id), self._silent_before
+        self._silent_before = streams
+        has_more = self._cluster.num_in_flight()[self.engine.id] > len(streams)
+        if not streams or has_more or any(before.get(request_id) is not last for request_id, last in streams.items()):
+            self._silent_since = None
+            return False
+        now = self._cluster.loop.now()
+        self._silent_since = self._silent_since or now
+        return now - self._silent_since >= seconds(self._settings.stall_seconds)
 
     async def _take_report(self) -> None:
         asked_at = self._cluster.loop.now()

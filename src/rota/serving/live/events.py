@@ -1,0 +1,200 @@
+"""Reads the events of a stream that can go on elsewhere, and says what of them the client gets.
+
+Of what an engine sends, the client gets whole events only, and of those only such as end a piece of text. A token that
+is the beginning of a character brings no text; its event waits for the one that brings the character. Otherwise a
+stream could break off inside a character, and vLLM, given such a beginning at the end of a prompt, answers with the
+text of the whole prompt.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+
+from rota.base.errors import EngineError
+from rota.serving.live.resumption import Resumption
+
+_EVENT_BYTES_MAX = 4 * 1024 * 1024
+_DATA = b"data: "
+_DONE = b"data: [DONE]"
+_IDS = re.compile(rb'(,"(?:prompt_)?token_ids":)\[[0-9, ]*\]')
+"""The ids as JSON has them. A quotation mark after a comma and before a colon cannot be inside a string, where it would
+be escaped."""
+
+
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+    # What only a parser in the engine makes of tokens; it would begin anew.
+    reasoning: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    prompt_token_ids: list[int] | None = None
+    error: _Error | None = None
+
+
+class _Named(msgspec.Struct):
+    id: str = ""
+    created: int = 0
+    model: str = ""
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+_name = msgspec.json.Decoder(_Named).decode
+
+
+class EventReader:
+    """One attempt's events, from the first byte to `[DONE]`. `Resumption` is brought up to date as the client is."""
+
+    def __init__(self, resumption: Resumption) -> None:
+        self.is_done = False
+        """The engine said that the stream is whole."""
+        self.broken: str | None = None
+        """What is wrong with the stream, once something is. Nothing of that event, or after it, reaches the client."""
+        self._resumption = resumption
+        self._num_before = len(resumption.output_token_ids)
+        self._goes_on = resumption.has_started
+        self._is_checked = not self._goes_on
+        """The engine confirmed that it goes on from where we said."""
+        self._strip = not resumption.wants_token_ids
+        self._rest = b""
+        self._held: list[bytes] = []
+        self._held_ids: list[int] = []
+
+    def feed(self, data: bytes) -> bytes:
+        """What the client gets now. Stops at what is no event of such a stream, at the engine's own errors, and where
+        it did not go on from the tokens that it was given."""
+        if self._rest:
+            data = self._rest + data
+        *events, self._rest = data.split(b"\n\n")
+        out: list[bytes] = []
+        try:
+            for event in events:
+                out.append(self._take(event))
+            if len(self._rest) > _EVENT_BYTES_MAX:
+                raise EngineError(f"an event of the stream exceeds {_EVENT_BYTES_MAX} bytes")
+        except EngineError as error:
+            self.broken = error.message
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def end(self) -> None:
+        """The connection ended in good order: the stream must have, too."""
+        if not self.is_done or self._rest.strip():
+            self.broken = self.broken or "the stream ended without [DONE]"
+
+    def _take(self, event: bytes) -> bytes:
+        if self.is_done:
+            raise EngineError("more events came after the end of the stream")
+        if event == _DONE:
+            if not self._resumption.has_finished or self._resumption.owes_usage():
+                raise EngineError("the stream ended before it was whole")
+            self.is_done = True
+            return event + b"\n\n"
+        if not event.startswith(_DATA):
+            raise EngineError(f"not an event of a stream: {event[:80]!r}")
+        try:
+            said = _decode(memoryview(event)[len(_DATA) :])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineError(f"not an event of a stream: {error}: {event[:80]!r}") from None
+        if said.error is not None:
+            raise EngineError(f"the engine broke off: {said.error.message}")
+        if not self._resumption.id:
+            self._name(event)
+        if said.choices is None:
+            raise EngineError(f"an event without choices: {event[:80]!r}")
+        if not said.choices:
+            event = self._forward(event)
+            self._resumption.has_usage = True
+            return event
+        return self._take_choice(event, said, said.choices[0])
+
+    def _take_choice(self, event: bytes, said: _Event, choice: _Choice) -> bytes:
+        resumption, delta = self._resumption, choice.delta
+        if resumption.has_finished:
+            raise EngineError("more tokens came after the reason for the end")
+        if choice.finish_reason in ("abort", "error"):
+            raise EngineError(f"the engine gave the request up ({choice.finish_reason})")
+        prompt = said.prompt_token_ids or choice.prompt_token_ids
+        if prompt is not None:
+            self._check_prompt(prompt)
+        text = choice.text if delta is None else delta.content
+        ids = choice.token_ids
+        if ids is not None:
+            if not self._is_checked:
+                raise EngineError("the engine does not say what it goes on from")
+            self._held_ids += ids
+        elif text or choice.finish_reason:
+            if self._goes_on:
+                raise EngineError("the engine does not say the ids of its tokens")
+            resumption.why_not = "the engine does not say the ids of its tokens"
+        elif self._goes_on and delta is not None and delta.role is not None:
+            return b""  # the role was said when the stream began
+        if delta is not None and (delta.reasoning or delta.reasoning_content or delta.tool_calls):
+            resumption.why_not = "part of the answer was made by a parser inside the engine"
+            text = text or "made"
+        event = self._forward(event)
+        if not text and choice.finish_reason is None:
+            self._held.append(event)
+            return b""
+        resumption.output_token_ids += self._held_ids
+        resumption.has_finished = choice.finish_reason is not None
+        self._held_ids.clear()
+        if self._held:
+            event = b"".join((*self._held, event))
+            self._held.clear()
+        return event
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        resumption = self._resumption
+        if not self._goes_on:
+            resumption.prompt_token_ids = prompt
+        elif prompt == resumption.prompt():
+            self._is_checked = True
+        else:
+            raise EngineError("the engine does not go on from the token ids that it was given")
+
+    def _name(self, event: bytes) -> None:
+        named = _name(event[len(_DATA) :])
+        self._resumption.id, self._resumption.created, self._resumption.model = named.id, named.created, named.model
+
+    def _forward(self, event: bytes) -> bytes:
+        """The event as the client would have had it, had nothing happened."""
+        if self._goes_on:
+            event = self._as_before(event)
+        elif self._strip and b'token_ids":[' in event:
+            event = _IDS.sub(rb"\1null", event)
+        return event + b"\n\n"
+
+    def _as_before(self, event: bytes) -> bytes:
+        resumption = self._resumption
+        body: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
+        body.update(id=resumption.id, created=resumption.created, model=resumption.model)
+        for choice in body["choices"]:
+            if "prompt_token_ids" in choice:
+                choice["prompt_token_ids"] = None
+            if self._strip and "token_ids" in choice:
+                choice["token_ids"] = None
+        try:
+            usage = body.get("usage")
+            if usage:
+                usage["prompt_tokens"] -= self._num_before
+                usage["completion_tokens"] += self._num_before
+        except (KeyError, TypeError):
+            raise EngineError(f"a usage that counts no tokens: {event[:80]!r}") from None
+        return _DATA + msgspec.json.encode(body)
