@@ -1,0 +1,120 @@
+"""Running streams that a policy moves between instances by replay, over and over: no client notices."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence, Set
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from tests.worlds.test_router_failover import ask, assert_whole, body_of, without_created
+
+from rota.base.journal import Journal
+from rota.runtime.clocks import SystemClock
+from rota.runtime.live import LiveLoop
+from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, Move, RequestId
+from rota.serving.assemble import SystemConfig, header_of
+from rota.serving.cluster.machine import ClusterMachine
+from rota.serving.frontdoor.serve import Router, ServeConfig
+from rota.serving.live.watch import WatchSettings
+from rota.serving.model.commands import Migrate
+from rota.serving.policies.admission.bounded_queue import BoundedQueue
+from rota.serving.policies.dispatch.round_robin import RoundRobin
+from rota.testing.token_server import KINDS, Break, TokenServer, token_engines
+
+
+class Shuttle:
+    """Everything moves to the next instance, all the time. What runs, it is told: these engines do not report it."""
+
+    requires: EngineCapabilities = NOTHING
+    interval_seconds = 0.01
+
+    def __init__(self) -> None:
+        self.router: Router | None = None
+
+    def plan(self, cluster: ClusterView, moving: Set[RequestId]) -> Sequence[Move]:
+        assert self.router is not None
+        ids = [view.id for view in cluster.instances]
+        moves = []
+        for request_id, flight in self.router.cluster.flights.items():
+            if flight.attempt is not None and flight.attempt.instance_id in ids and request_id not in moving:
+                source = flight.attempt.instance_id
+                moves.append(
+                    Move(request_id, source, InstanceId(ids[(ids.index(source) + 1) % len(ids)]), "to and fro")
+                )
+        return moves
+
+
+@asynccontextmanager
+async def shuttled(breaks: Iterable[Break | None] = ()) -> AsyncIterator[tuple[Router, list[TokenServer], Journal]]:
+    left = list(breaks)
+    servers = [TokenServer(left, created=1 + index, pace=0.004) for index in range(3)]
+    policy = Shuttle()
+    machine = ClusterMachine(RoundRobin(), BoundedQueue(), migration=policy)
+    journal = Journal(header_of(SystemConfig()), keep_rows=True)
+    watch = WatchSettings(interval_seconds=0.05, starting_interval_seconds=0.01)
+    engines = await token_engines(servers, probe_timeout_seconds=1.0)
+    policy.router = router = Router(
+        ServeConfig(port=0, watch=watch), LiveLoop(SystemClock(), journal), machine, engines
+    )
+    try:
+        async with router:
+            await router.wait_ready(3, timeout_seconds=10.0)
+            yield router, servers, journal
+            machine.check()
+            assert not router.cluster.flights
+            assert not router.cluster.moves._begun and not router.cluster.moves._on_their_way
+    finally:
+        for server in servers:
+            server.die()
+
+
+class _Running:
+    def __init__(self, router: Router) -> None:
+        self.url = router.url
+
+
+async def ask_router(router: Router, body: dict[str, Any]) -> tuple[str, bytes]:
+    return await ask(_Running(router), body)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.asyncio
+async def test_a_stream_that_is_moved_all_the_time_is_whole(chat: bool) -> None:
+    bodies = [body_of(chat=chat, max_tokens=30 + index, stream_options={"include_usage": True}) for index in range(4)]
+    async with shuttled() as (router, _, journal):
+        answers = await asyncio.gather(*(ask_router(router, body) for body in bodies))
+        counts = router.cluster.machine.migration_counts()  # type: ignore[attr-defined]
+    for body, (request_id, raw) in zip(bodies, answers, strict=True):
+        assert_whole(without_created(raw), body, request_id)
+    assert counts.num_committed >= 4, counts
+    assert counts.downtime > 0
+    assert any(isinstance(command, Migrate) for row in journal.rows for command in row.commands)
+
+
+@pytest.mark.asyncio
+async def test_moves_that_break_lose_nothing() -> None:
+    """Half of all streams break at some event, at destinations too, from where they go back to their sources."""
+    bodies = [body_of(chat=index % 2 == 0, max_tokens=24) for index in range(6)]
+    breaks = [Break(index % 5, KINDS[index % len(KINDS)]) if index % 2 else None for index in range(80)]
+    async with shuttled(breaks) as (router, _, _journal):
+        answers = await asyncio.gather(*(ask_router(router, body) for body in bodies))
+        counts = router.cluster.machine.migration_counts()  # type: ignore[attr-defined]
+    num_whole = 0
+    for body, (request_id, raw) in zip(bodies, answers, strict=True):
+        if b'"error"' not in raw:
+            assert_whole(without_created(raw), body, request_id)
+            num_whole += 1
+    assert num_whole >= 4, "more than three failures of one stream are its end"
+    assert sum(counts.num_aborted.values()) > 0, counts
+
+
+@pytest.mark.asyncio
+async def test_clients_that_leave_while_they_are_moved_leave_nothing_behind() -> None:
+    body = body_of(max_tokens=400)
+    async with shuttled() as (router, servers, _):
+        for delay in (0.02, 0.03, 0.05, 0.08):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ask_router(router, body), delay)
+        async with asyncio.timeout(5):
+            while sum(server.num_dropped for server in servers) < sum(server.num_posts for server in servers):
+                await asyncio.sleep(0.01)
