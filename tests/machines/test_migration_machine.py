@@ -1,10 +1,10 @@
-"""The cluster machine under moves and fail-over, against a plain model and an adversarial host; and a bug for each law, to
-see that it would be found."""
+"""The cluster machine under moves and fail-over, against a plain model and an adversarial host; and a bug for each law,
+to see that it would be found."""
 
 import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from tests.machines.moving import INTERVAL, MigrationRules
+from tests.machines.moves_model import INTERVAL, MigrationRules
 
 from rota.base.errors import IllegalMove, LawBroken
 from rota.base.instant import Instant

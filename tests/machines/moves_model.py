@@ -1,5 +1,5 @@
-"""A plain model of moves and fail-over, beside a cluster machine whose host keeps to nothing: facts about migrations come
-in any order, late, twice and about migrations that never were."""
+"""A plain model of moves and fail-over, beside a cluster machine whose host keeps to nothing: facts about migrations
+come in any order, late, twice and about migrations that never were."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from hypothesis.stateful import (
 )
 
 from rota.base.instant import Duration, Instant
-from rota.serving.api import Admission, Capability, Move
+from rota.serving.api import Capability, Move
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.migration import MigrationLimits
 from rota.serving.model.commands import (
@@ -46,6 +46,7 @@ from rota.serving.model.events import (
 )
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.model.request import Request, RequestId
+from rota.serving.policies.admission.bounded_queue import BoundedQueue
 from rota.serving.policies.dispatch.least_outstanding_tokens import LeastOutstandingTokens
 
 INSTANCES = tuple(InstanceId(f"i{number}") for number in range(4))
@@ -65,13 +66,6 @@ NEXT = {
     ("handover", HandedOver): ("committed", Commit),
 }
 instance_ids = st.sampled_from(INSTANCES)
-
-
-class AdmitAll:
-    requires = frozenset()
-
-    def admit(self, request, cluster, num_unfinished):
-        return Admission(True, "all")
 
 
 class Wishes:
@@ -122,7 +116,7 @@ class MigrationRules(RuleBasedStateMachine):
         self.wishes = Wishes()
         self.machine = ClusterMachine(
             LeastOutstandingTokens(),
-            AdmitAll(),
+            BoundedQueue(),
             max_attempts=MAX_ATTEMPTS,
             hold_timeout=Duration(HOLD),
             migration=self.wishes,
