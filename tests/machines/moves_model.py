@@ -488,8 +488,6 @@ class MigrationRules(RuleBasedStateMachine):
 
     def teardown(self):
         """Left alone, the machine comes to rest: every migration and every hold ends, and so does the asking."""
-        if not hasattr(self, "machine"):
-            return
         self.pass_time(10 * PATIENCE)
         assert not self.moving
         assert not [known for known in self.open.values() if known.owner is None]
