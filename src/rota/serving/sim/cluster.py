@@ -136,7 +136,9 @@ class SimulatedCluster:
         self.moves = Moves(
             self.loop, options.transfer, self._instances, Hooks(self._say, self._on_stopped, self._on_handed_over)
         )
-        self.loop.add_machine(CLUSTER, build_cluster(config.stack, config.seed), self._carry_out)
+        self.cluster = build_cluster(config.stack, config.seed)
+        """The router's machine, to be read."""
+        self.loop.add_machine(CLUSTER, self.cluster, self._carry_out)
         for spec in config.instances:
             self._start_instance(spec)
         for fault in faults:

@@ -405,7 +405,7 @@ class SimulatedInstance:
             if sequence is not None:
                 ending.append(sequence)
         if len(ending) > 1:
-            places = {request_id: place for place, (request_id, _) in enumerate(command.grants)}
+            places = _places(command)
             ending.sort(key=lambda sequence: places[sequence.request.id])
         return ending
 
@@ -443,6 +443,10 @@ class SimulatedInstance:
         self._stride = min(STRIDE_MAX, 4 * len(flight.ends)) if len(flight.ends) > 1 else self._stride
         self._flight = None
         machine = self.machine
+        for told in (flight.first_tokens, flight.returned):
+            if len(told) > 1:
+                # Told in batch order, however the step was planned.
+                told.sort(key=_places(flight.command).__getitem__)
         # Those aborted in flight give nothing to anybody.
         for request_id in flight.first_tokens:
             if machine.sequence(request_id) is not None:
@@ -458,3 +462,8 @@ class SimulatedInstance:
         finished = tuple([sequence.request.id for sequence in ended])
         self._loop.deliver(self.name, StepFinished(flight.command.step_id, finished))
         self._listener.on_step(self.spec.id, now)
+
+
+def _places(step: RunStep) -> dict[RequestId, int]:
+    """Where each sequence stands in the batch."""
+    return {request_id: place for place, (request_id, _) in enumerate(step.grants)}
