@@ -118,6 +118,7 @@ def test_one_more_never_makes_it_freer_and_taking_it_off_restores(shown, num_tok
 def test_what_is_remembered_is_what_would_be_read(shown):
     rule = freeness()
     for seen in (shown, shown, replace(shown, is_draining=True), replace(shown, running=(), num_outstanding_tokens=9)):
+        assert rule.load(seen) == freeness().load(seen)
         assert rule.of(seen) == freeness().of(seen)
 
 

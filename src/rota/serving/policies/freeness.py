@@ -16,7 +16,7 @@ in places with the opposite sign.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rota.base.errors import ConfigError
 from rota.base.instant import Instant
@@ -58,29 +58,29 @@ class Load:
 
     def with_request(self, num_tokens: int, *, is_high: bool) -> "Load":
         """The load with one more request of that usage."""
-        return replace(
-            self,
-            num_tokens=self.num_tokens + num_tokens,
-            num_requests=self.num_requests + 1,
-            num_high=self.num_high + is_high,
-        )
+        return self._changed(num_tokens, 1, is_high)
 
     def without_request(self, num_tokens: int, *, is_high: bool) -> "Load":
         """The load with one request of that usage less."""
-        return replace(
-            self,
-            num_tokens=self.num_tokens - num_tokens,
-            num_requests=self.num_requests - 1,
-            num_high=self.num_high - is_high,
+        return self._changed(-num_tokens, -1, -is_high)
+
+    def _changed(self, num_tokens: int, num_requests: int, num_high: int) -> "Load":
+        return Load(
+            self.num_tokens_max,
+            self.num_tokens + num_tokens,
+            self.num_requests + num_requests,
+            self.num_high + num_high,
+            self.headroom,
+            self.is_draining,
         )
 
 
-_Read = tuple[Instant | None, int, int, bool, Load, float]
+_Read = tuple[Instant | None, int, Load, float]
 
 
 class Freeness:
     """Reads loads off views. It remembers each until a report comes or what is outstanding changes, because looking at
-    every sequence for every decision costs more than a decision may."""
+    every sequence for every decision costs more than a decision may. A dispatch changes that, and so does an end."""
 
     def __init__(self, *, high_priority_max: int, high_load_target: float, whole_queue: bool = False) -> None:
         """Requests of `priority` up to `high_priority_max` are the high class. Beside them, `high_load_target` of the
@@ -99,11 +99,22 @@ class Freeness:
 
     def of(self, view: InstanceView) -> float:
         """The freeness of an instance, in steps."""
-        return self._read(view)[5]
+        read = self._known.get(view.id)
+        if read is None or read[0] != view.observed_at or read[1] != view.num_outstanding_tokens:
+            read = self._read(view)
+        return read[3]
 
     def load(self, view: InstanceView) -> Load:
         """The load of an instance."""
-        return self._read(view)[4]
+        read = self._known.get(view.id)
+        if (
+            read is None
+            or read[0] != view.observed_at
+            or read[1] != view.num_outstanding_tokens
+            or read[2].is_draining is not view.is_draining
+        ):
+            read = self._read(view)
+        return read[2]
 
     def forget_others(self, instances: Sequence[InstanceView]) -> None:
         """Forget the instances that are not shown any more, once they are many."""
@@ -111,20 +122,8 @@ class Freeness:
             self._known = {view.id: self._known[view.id] for view in instances if view.id in self._known}
 
     def _read(self, view: InstanceView) -> _Read:
-        read = self._known.get(view.id)
-        observed_at, num_requests = view.observed_at, view.num_outstanding_requests
-        num_tokens, is_draining = view.num_outstanding_tokens, view.is_draining
-        if (
-            read is not None
-            and read[0] == observed_at
-            and read[1] == num_requests
-            and read[2] == num_tokens
-            and read[3] is is_draining
-        ):
-            return read
         load = self._measure(view)
-        read = (observed_at, num_requests, num_tokens, is_draining, load, load.freeness)
-        self._known[view.id] = read
+        read = self._known[view.id] = (view.observed_at, view.num_outstanding_tokens, load, load.freeness)
         return read
 
     def _measure(self, view: InstanceView) -> Load:
@@ -165,11 +164,6 @@ class Freeness:
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that so many tokens need."""
     return -(-num_tokens // block_size)
-
-
-def is_in_prefill(sequence: SequenceReport, block_size: int) -> bool:
-    """Whether one that runs holds fewer blocks than its known tokens but the last need, which decode does not."""
-    return sequence.num_blocks * block_size < sequence.num_tokens - 1
 
 
 def room_of(sequence: SequenceReport, block_size: int) -> int:

@@ -43,7 +43,7 @@ class VirtualUsage:
         high_priority_max: int = -1,
         high_load_target: float = HIGH_LOAD_TARGET,
         whole_queue: bool = False,
-        num_examined: int = 128,
+        num_examined: int = 64,
     ) -> None:
         """`high_load_target` is a share of the capacity in [0, 1]; `num_examined` counts instances, at least 2. Raises
         `ConfigError` outside of that."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, Instant, after, seconds
 from rota.serving.api import ClusterView, InstanceId, InstanceView, Move, RequestId, Role, SequenceReport
-from rota.serving.policies.freeness import HIGH_LOAD_TARGET, Freeness, Load, blocks_for, is_in_prefill, room_of
+from rota.serving.policies.freeness import HIGH_LOAD_TARGET, Freeness, Load, blocks_for, room_of
 
 SET_ASIDE: Duration = seconds(5)
 """How long a request is left alone after a move of it came to nothing. Not published; the published code tries again at
@@ -133,7 +133,7 @@ class Round:
         found = [
             each
             for each in source.running
-            if not is_in_prefill(each, block_size)
+            if each.num_blocks * block_size >= each.num_tokens - 1  # not in its prefill
             and each.request_id not in excluded
             and each.request_id not in planned
         ]

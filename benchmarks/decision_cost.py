@@ -1,0 +1,214 @@
+"""What a decision of the router costs in a large fleet: a dispatch, and a round of migration.
+
+    python benchmarks/decision_cost.py [--num-instances 64 1000] [--num-running 32] [--rounds R] > result.json
+
+The policies run on the router's own views, in its own machine, with reports that tell of every sequence. A `pick` is
+the call of the dispatch policy, an `arrival` the machine's whole answer, admission and accounting included; there is
+one report for each, as at one request a second for each instance, which reports every second. A `round` of migration is
+the call of the policy, which comes every 0.05 s: a `live` one, where a twentieth of the instances has reported since
+the last, and a `fresh` one, where all have, which is the worst there is. One instance in sixteen is short of memory,
+with a head that does not fit, so that there is something to plan; nothing comes of any move, so that there is as much
+to plan in each round.
+
+Counted is CPU time of the process. A figure is the median over the calls of a round, then over the rounds, beside the
+lowest and the highest round, and the slowest call of all."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rota import __version__
+from rota.base.instant import Instant, after, seconds
+from rota.base.random_streams import Stream
+from rota.serving.api import InstanceId, Request, RequestId, SequenceReport
+from rota.serving.cluster.ledger import ClusterReading
+from rota.serving.cluster.machine import ClusterMachine
+from rota.serving.model.events import (
+    FirstTokenSeen,
+    InstanceReported,
+    InstanceStarted,
+    RequestArrived,
+    RequestFinished,
+)
+from rota.serving.model.instance import InstanceLimits, InstanceReport, InstanceSpec
+from rota.serving.policies.admission.bounded_queue import BoundedQueue
+from rota.serving.policies.dispatch import DISPATCH
+from rota.serving.policies.dispatch.round_robin import RoundRobin
+from rota.serving.policies.migration import MIGRATION
+
+DISPATCH_TARGET_MS = 0.1
+MIGRATION_TARGET_MS = 5.0
+NUM_BLOCKS = 3000
+BLOCK_SIZE = 16
+NUM_DISPATCHES = 500
+NUM_MIGRATION_ROUNDS = 10
+
+
+class Fleet:
+    """A router's machine, and instances that report what it sent them."""
+
+    def __init__(self, num_instances: int, num_running: int, dispatch: Any) -> None:
+        self.stream = Stream(0, "fleet")
+        self.now = Instant(seconds(1))
+        self.policy = SwitchedLater()
+        self.machine = ClusterMachine(self.policy, BoundedQueue(max_unfinished=10**9))
+        self.running: dict[InstanceId, list[SequenceReport]] = {}
+        self.waiting: dict[InstanceId, list[SequenceReport]] = {}
+        self.num_arrived = 0
+        for number in range(num_instances):
+            instance_id = InstanceId(f"i{number:04}")
+            spec = InstanceSpec(instance_id, InstanceLimits(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE))
+            self.machine.handle(InstanceStarted(spec), self.now)
+            self.running[instance_id], self.waiting[instance_id] = [], []
+        for number in range(num_instances * num_running):
+            self.admit(self.arrive(), is_crowded=number % num_instances % 16 == 0, num_running=num_running)
+        for number in range(num_instances):
+            request_id, instance_id = self.arrive()
+            if number % 16 == 0:
+                self.waiting[instance_id].append(SequenceReport(request_id, 100 * BLOCK_SIZE, 0))
+            else:
+                self.machine.handle(RequestFinished(request_id, instance_id), self.now)
+        self.policy.dispatch = dispatch
+        self.report()
+
+    def arrive(self) -> tuple[RequestId, InstanceId]:
+        """One request more; where it went."""
+        self.num_arrived += 1
+        request = Request(RequestId(f"r{self.num_arrived}"), self.now, self.stream.integers(50, 1500), 500)
+        (command,) = self.machine.handle(RequestArrived(request), self.now)
+        return request.id, command.instance_id  # type: ignore[union-attr]
+
+    def admit(self, sent: tuple[RequestId, InstanceId], *, is_crowded: bool, num_running: int) -> None:
+        """It runs, on an instance that is nearly full or half full with `num_running` like it."""
+        request_id, instance_id = sent
+        share = NUM_BLOCKS // num_running
+        num_blocks = share if is_crowded else self.stream.integers(share // 5, share * 4 // 5)
+        self.machine.handle(FirstTokenSeen(request_id, instance_id), self.now)
+        self.running[instance_id].append(SequenceReport(request_id, num_blocks * BLOCK_SIZE, num_blocks))
+
+    def report(self, every: int = 1, first: int = 0) -> None:
+        """A later report of every so many instances, with as many free blocks as before."""
+        self.now = after(self.now, seconds(0.05))
+        for instance_id in list(self.running)[first::every]:
+            running, waiting = self.running[instance_id], self.waiting[instance_id]
+            num_free = NUM_BLOCKS - sum(each.num_blocks for each in running)
+            report = InstanceReport(
+                instance_id,
+                self.now,
+                len(running),
+                len(waiting),
+                num_free,
+                NUM_BLOCKS,
+                0,
+                tuple(running),
+                tuple(waiting),
+            )
+            self.machine.handle(InstanceReported(report), self.now)
+
+    def cluster(self) -> ClusterReading:
+        return ClusterReading(self.now, self.machine.instance_views())
+
+
+class SwitchedLater:
+    """Round robin while the fleet is filled, so that every policy meets the same one; then the policy measured."""
+
+    requires: frozenset[Any] = frozenset()
+
+    def __init__(self) -> None:
+        self.dispatch: Any = RoundRobin()
+        self.costs_ms: list[float] = []
+
+    def pick(self, request: Any, cluster: Any) -> Any:
+        before = time.process_time_ns()
+        pick = self.dispatch.pick(request, cluster)
+        self.costs_ms.append((time.process_time_ns() - before) / 1e6)
+        return pick
+
+
+def cost_ms(call: Callable[[], object]) -> float:
+    before = time.process_time_ns()
+    call()
+    return (time.process_time_ns() - before) / 1e6
+
+
+def dispatch_costs(name: str, num_instances: int, num_running: int) -> dict[str, list[float]]:
+    """One round: what the policy and the whole machine take for an arrival."""
+    fleet = Fleet(num_instances, num_running, DISPATCH.create(name, services={"stream": Stream(1, name)}))
+    costs = []
+    for number in range(NUM_DISPATCHES):
+        fleet.report(every=num_instances, first=number % num_instances)
+        costs.append(cost_ms(fleet.arrive))
+    return {"pick": fleet.policy.costs_ms[-NUM_DISPATCHES:], "arrival": costs}
+
+
+def migration_costs(name: str, num_instances: int, num_running: int) -> dict[str, list[float]]:
+    """One round: calls of the policy, each with nothing under way."""
+    fleet = Fleet(num_instances, num_running, RoundRobin())
+    costs: dict[str, list[float]] = {"live": [], "fresh": []}
+    nobody: frozenset[RequestId] = frozenset()
+    policy = MIGRATION.create(name)
+    policy.plan(fleet.cluster(), nobody)
+    for number in range(NUM_MIGRATION_ROUNDS):
+        for how, every, first in (("live", 20, number % 20), ("fresh", 1, 0)):
+            fleet.report(every=every, first=first)
+            fleet.now = after(fleet.now, seconds(10))  # What came to nothing is tried again.
+            shown = fleet.cluster()
+            costs[how].append(cost_ms(lambda shown=shown: policy.plan(shown, nobody)))
+    return costs
+
+
+def row(rounds: Sequence[Sequence[float]], target_ms: float) -> dict[str, Any]:
+    medians = [statistics.median(each) for each in rounds]
+    median = statistics.median(medians)
+    return {
+        "cpu_ms": {
+            "median": round(median, 4),
+            "lowest": round(min(medians), 4),
+            "highest": round(max(medians), 4),
+            "slowest_call": round(max(max(each) for each in rounds), 4),
+        },
+        "target_ms": target_ms,
+        "meets": median <= target_ms,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-instances", type=int, nargs="*", default=[64, 1000])
+    parser.add_argument("--num-running", type=int, default=32, help="sequences that run on each instance")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    load_before = os.getloadavg()[0]
+    results: dict[str, Any] = {}
+    for num_instances in arguments.num_instances:
+        for name in DISPATCH.names():
+            measured = [dispatch_costs(name, num_instances, arguments.num_running) for _ in range(arguments.rounds)]
+            for what in ("pick", "arrival"):
+                results[f"{what} {name} {num_instances}"] = row([each[what] for each in measured], DISPATCH_TARGET_MS)
+        for name in MIGRATION.names():
+            measured = [migration_costs(name, num_instances, arguments.num_running) for _ in range(arguments.rounds)]
+            for how in ("live", "fresh"):
+                rounds = [each[how] for each in measured]
+                results[f"{how} round {name} {num_instances}"] = row(rounds, MIGRATION_TARGET_MS)
+        print(f"{num_instances} instances: measured", file=sys.stderr, flush=True)
+    provenance = {
+        "command": " ".join(["python benchmarks/decision_cost.py", *sys.argv[1:]]),
+        "rota": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "num_cores": len(os.sched_getaffinity(0)),
+        "load_average_before": round(load_before, 2),
+        "num_running": arguments.num_running,
+        "rounds": arguments.rounds,
+    }
+    print(json.dumps({"results": results, "provenance": provenance}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
