@@ -1,5 +1,7 @@
 """What vLLM can be told exactly is hosted; everything else is refused, and the message says why."""
 
+from pathlib import Path
+
 import pytest
 
 from rota.base.errors import CapabilityError, ConfigError
@@ -101,6 +103,24 @@ def test_a_server_is_said_in_full(tmp_path) -> None:
     assert "--scheduler-cls" not in stock.command()
 
 
+def test_blocks_are_handed_over_only_where_both_ways_in_are_open(tmp_path) -> None:
+    def server(**settings) -> VllmServer:
+        return VllmServer(model=tmp_path, port=8100, served_model_name="m", cores="0", **settings)
+
+    control = tmp_path / "c"
+    whole = server(control=control, nixl_port=8200)
+    assert Capability.HAND_OVER_KV in whole.capabilities
+    assert Capability.HAND_OVER_KV not in server(control=control).capabilities
+    assert Capability.HAND_OVER_KV not in server(nixl_port=8200).capabilities
+    assert Capability.RESUME_FROM_TOKENS in server().capabilities
+    assert server(plugin=False).capabilities == frozenset()
+    command = whole.command()
+    assert "recompute" in command[command.index("--kv-transfer-config") + 1]
+    assert str(control) in command[command.index("--additional-config") + 1]
+    assert whole.environment()["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "8200"
+    assert "--kv-transfer-config" not in server(control=control).command()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -108,6 +128,9 @@ def test_a_server_is_said_in_full(tmp_path) -> None:
         {"scheduling_policy": "priority"},
         {"plugin": False, "stack": "s.toml"},
         {"plugin": False, "facts": "f"},
+        {"plugin": False, "control": Path("c")},
+        {"control": Path("c" * 120)},
+        {"nixl_port": 8200},
     ],
 )
 def test_a_server_that_cannot_work_is_refused(tmp_path, settings) -> None:

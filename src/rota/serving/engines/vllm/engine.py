@@ -8,16 +8,25 @@ from pathlib import Path
 
 import msgspec
 
+from rota.base.errors import EngineError
 from rota.base.instant import Duration, Instant
 from rota.serving.engines.engine import StepTotals
 from rota.serving.engines.managed import ManagedEngine
 from rota.serving.engines.process import ProcessSpec
+from rota.serving.engines.vllm.control import Command, ask
 from rota.serving.engines.vllm.facts import EngineFacts, StepRecord
 from rota.serving.engines.vllm.follower import FactsFollower
+from rota.serving.engines.vllm.tickets import Ticket
 from rota.serving.model.capabilities import NOTHING, EngineCapabilities
 from rota.serving.model.instance import InstanceId, InstanceReport
+from rota.serving.model.request import RequestId
 
 FOLLOW_SECONDS = 0.1
+
+
+class RequestStays(EngineError):
+    """An engine did not let go of a request: it goes on there, or is not there. The message says why."""
+
 
 Heard = Callable[[InstanceReport, Duration, StepTotals], None]
 
@@ -33,11 +42,13 @@ class VllmEngine(ManagedEngine):
         process: ProcessSpec,
         facts: Path,
         *,
+        control: Path | None = None,
         capabilities: EngineCapabilities = NOTHING,
     ) -> None:
-        """`facts` is the file that the plug-in was told to write."""
+        """`facts` is the file that the plug-in was told to write, `control` the socket that it listens at."""
         super().__init__(instance_id, url, process, capabilities=capabilities)
         self._facts = facts
+        self._control = control
         self._heard: Heard = lambda report, age, steps: None
         self._totals = StepTotals()
         self._has_told = False
@@ -58,6 +69,29 @@ class VllmEngine(ManagedEngine):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._following
         await super().stop()
+
+    async def hand_off(self, request_id: RequestId, *, timeout_seconds: float = 10.0) -> Ticket:
+        """Have a running request end with its next token (one later where that would fall on the boundary of a block),
+        and get the ticket with which it goes on elsewhere: `tickets.continuation` makes the body of the call.
+
+        `request_id` is the `X-Request-Id` that it was submitted with. The answer under way ends with the ticket's last
+        token and `finish_reason` "length", before or after this returns; whoever owns the client's stream passes on
+        each token once, by its index, and keeps that finish to itself. The source forgets the request at once, but
+        keeps its blocks until they are pulled, or for 30 s. If the destination refuses or fails, go on with
+        `continuation(…, replay=True)` at any engine, this one too (its prefix cache most likely has the blocks yet).
+        A pull that fails inside the destination is no matter: it computes the tokens anew.
+
+        Raises `RequestStays` if it was not let go of: it waits, was preempted meanwhile, ended by itself, or has what
+        does not travel (`hand_off.why_it_stays`). Raises `EngineError` if there is no answer; then the command is taken
+        back as soon as the engine's next step begins, so that either the request goes on, or its answer ends with
+        "length" before its time and the ticket is lost: go on by replay.
+        """
+        if self._control is None:
+            raise EngineError(f"{self.id} has no control socket", hint="start it with VllmServer(control=…)")
+        reply = await ask(self._control, Command(hand_off=request_id), timeout_seconds=timeout_seconds)
+        if reply.ticket is None:
+            raise RequestStays(f"{request_id} stays: {reply.stays.reason if reply.stays else 'no reason was given'}")
+        return reply.ticket
 
     async def report(self) -> InstanceReport | None:
         """Its load as its metrics have it, unless its facts told since this was asked last."""

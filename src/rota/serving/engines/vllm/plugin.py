@@ -26,12 +26,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from rota.base.errors import CapabilityError, ConfigError
 from rota.base.instant import Instant
 from rota.serving.api import BatchPolicy, MemoryPolicy, OnRefusal, OrderPolicy, Pool, Refusal, SequenceView
+from rota.serving.engines.vllm.control import ControlChannel
 from rota.serving.engines.vllm.cpu_clock import WorkerCpuClock
 from rota.serving.engines.vllm.facts import EngineFacts, FactsFile, StepRecord
+from rota.serving.engines.vllm.hand_off import HandOffs, drop_unusable_ticket, exporter_of
 from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES, check_hostable
 from rota.serving.engines.vllm.queue import PolicyQueue
 from rota.serving.engines.vllm.recorder import StepJournal
-from rota.serving.engines.vllm.seams import check_scheduler, check_seams
+from rota.serving.engines.vllm.seams import check_exporter, check_scheduler, check_seams
 from rota.serving.engines.vllm.views import VllmEngineView, VllmSequence, fact_of, limits_of
 from rota.serving.instance.displacement import choose_displaced
 
@@ -54,6 +56,8 @@ class PluginConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     journal: str | None = None
     """File that takes every event and step, to be replayed into an `InstanceMachine`. Not with asynchronous
     scheduling."""
+    control: str | None = None
+    """Unix socket to listen at for what the engine is asked to do, e.g. to hand a request over."""
 
 
 class _Step(msgspec.Struct):
@@ -114,11 +118,17 @@ class RotaScheduling(_Base):
                     hint="add --no-async-scheduling, or leave the journal out",
                 )
             self._rota_journal = StepJournal(config.journal, limits, config.stack)
+        self._rota_hand_offs = None
+        if config.control:
+            exporter = exporter_of(self)
+            check_exporter(exporter)
+            self._rota_hand_offs = HandOffs(self, ControlChannel(config.control, lambda: not self.requests), exporter)
 
     # --- requests come and go ----------------------------------------------------------------------------------------
 
     def add_request(self, request: Any) -> None:
         if request.request_id not in self.requests:
+            drop_unusable_ticket(request, self.block_size)
             fact = fact_of(request, Instant(self.rota_clock()), self.rota_wall_clock())
             self._rota_sequences[request.request_id] = VllmSequence(request, fact)
             if self._rota_journal is not None:
@@ -138,6 +148,8 @@ class RotaScheduling(_Base):
     def schedule(self, throttle_prefills: bool = False) -> Any:
         started = self.rota_clock()
         begun = time.perf_counter_ns()
+        if self._rota_hand_offs is not None:
+            self._rota_hand_offs.begin_asked()
         view = self.rota_view
         view.refresh(Instant(started))
         queue = self._rota_queue
@@ -223,12 +235,24 @@ class RotaScheduling(_Base):
             self._rota_facts.close()
         if self._rota_journal is not None:
             self._rota_journal.close()
+        if self._rota_hand_offs is not None:
+            self._rota_hand_offs.close()
 
     # --- vLLM's inner seams ------------------------------------------------------------------------------------------
 
     def _preempt_request(self, request: Any, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
         self._rota_preempted.append(request.request_id)
+        if self._rota_hand_offs is not None:
+            self._rota_hand_offs.undo(request.request_id, "it was preempted")
+
+    def _free_request(self, request: Any, delay_free_blocks: bool = False) -> Any:
+        if self._rota_hand_offs is None:
+            return super()._free_request(request, delay_free_blocks)
+        self._rota_hand_offs.closing(request)
+        transfers = super()._free_request(request, delay_free_blocks)
+        self._rota_hand_offs.closed(request, transfers[0])
+        return transfers
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)

@@ -21,6 +21,7 @@ _METHODS = {
     "shutdown": ("self",),
     "get_num_unfinished_requests": ("self",),
     "_preempt_request": ("self", "request", "timestamp", "drop_stale_output"),
+    "_free_request": ("self", "request", "delay_free_blocks"),
     "_reserve_prefill_lookahead": ("self", "request", "num_computed_tokens", "num_new_tokens"),
 }
 _QUEUE_METHODS = {
@@ -50,6 +51,17 @@ _LANDMARKS = (
     "self.waiting.prepend_requests(step_skipped_waiting)",
 )
 """Lines of `Scheduler.schedule` that the hosting of policies rests on, in their order there."""
+_EXPORTER_LANDMARKS = {
+    "update_state_after_alloc": ("self._reqs_in_batch.add(request.request_id)",),
+    "request_finished": (
+        'is_p_node = bool(params.get("do_remote_decode"))',
+        "RequestStatus.FINISHED_LENGTH_CAPPED",
+        "self._reqs_not_processed.add(request.request_id)",
+        "remote_num_tokens = request.num_computed_tokens",
+    ),
+    "build_connector_meta": ("meta.reqs_in_batch = self._reqs_in_batch", "meta.reqs_not_processed"),
+}
+"""Lines of the NIXL connector's scheduler side that handing a request over rests on."""
 _ALLOCATION = (
     "request_id",
     "num_tokens",
@@ -75,6 +87,8 @@ _ATTRIBUTES = (
     "scheduler_config",
     "scheduler_reserve_full_isl",
     "block_size",
+    "connector",
+    "num_spec_tokens",
     "hash_block_size",
     "vllm_config",
 )
@@ -134,6 +148,26 @@ def check_scheduler(scheduler: Any) -> None:
             f"vLLM's own --scheduling-policy is {policy!r}, and the plug-in brings the order",
             hint="leave --scheduling-policy at fcfs: under another one vLLM would choose victims by a second rule",
         )
+
+
+def check_exporter(exporter: Any) -> None:
+    """Guarantees that a KV connector's scheduler side (or None: there is none) lets go of blocks as `hand_off` thinks.
+
+    Raises `CapabilityError` naming what differs.
+    """
+    if exporter is None:
+        return
+    for name in ("_reqs_in_batch", "_reqs_not_processed"):
+        if not isinstance(getattr(exporter, name, None), set):
+            raise _differs(f"the KV connector has no set {name}")
+    for name, lines in _EXPORTER_LANDMARKS.items():
+        method = getattr(exporter, name, None)
+        source = inspect.getsource(method) if method is not None else ""
+        for line in lines:
+            if line not in source:
+                raise _differs(
+                    f"{type(exporter).__name__}.{name} has no {line!r}; hand-off is known with NixlConnector"
+                )
 
 
 def _check_signature(owner: type, name: str, parameters: tuple[str, ...]) -> None:
