@@ -7,7 +7,8 @@ another. The floor is `byte_pipe`: uvloop protocols that copy bytes between a cl
 and decide nothing. Counted is the time that the router's threads spent on a core (schedstat, all threads), kernel
 included, which a busy machine disturbs less than requests per second. `stream_64` sends 64 events, each in a write and
 a wake-up of its own, so nothing is coalesced unless the router falls behind; `stream_64_paced` sends one every 2 ms, as
-engines do, and so costs the router 64 wake-ups, shared by the streams that run beside it. Every figure is the median of
+engines do, and so costs the router 64 wake-ups, shared by the streams that run beside it. `rota` passes streams on
+unread; `rota_following` reads each event, so that a stream could go on at another engine. Every figure is the median of
 the rounds, with the lowest and the highest beside it.
 """
 
@@ -57,6 +58,16 @@ DELTA = {"index": 0, "delta": {"content": " hello"}, "finish_reason": None}
 EVENT = json.dumps(
     {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [DELTA]}
 ).encode()
+FIRST_TOKENS = json.dumps(
+    {**json.loads(EVENT), "choices": [{**DELTA, "token_ids": [1]}], "prompt_token_ids": list(range(100))}
+).encode()
+TOKENS = json.dumps({**json.loads(EVENT), "choices": [{**DELTA, "token_ids": [19556]}]}, separators=(",", ":")).encode()
+LAST_TOKENS = TOKENS.replace(b'"finish_reason":null', b'"finish_reason":"length"')
+METRICS = (
+    b'vllm:cache_config_info{block_size="16",num_gpu_blocks="4096"} 1.0\n'
+    b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n"
+)
+VERSION = b'{"version":"0.32.0"}'
 MODELS = b'{"object":"list","data":[{"id":"m","object":"model"}]}'
 
 
@@ -71,6 +82,9 @@ def framed(data: bytes) -> bytes:
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 STREAM_EVENT = framed(b"data: " + EVENT + b"\n\n")
+FIRST_TOKENS_EVENT, TOKENS_EVENT, LAST_TOKENS_EVENT = (
+    framed(b"data: " + event + b"\n\n") for event in (FIRST_TOKENS, TOKENS, LAST_TOKENS)
+)
 STREAM_END = framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
@@ -95,19 +109,24 @@ class MockEngine(asyncio.Protocol):
 
     def answer(self, head: bytes, body: bytes) -> None:
         if head.startswith(b"get /metrics"):
-            self.transport.write(sized(b"404 Not Found", b""))
+            self.transport.write(sized(b"200 OK", METRICS))
+        elif head.startswith(b"get /version"):
+            self.transport.write(sized(b"200 OK", VERSION))
         elif head.startswith(b"get"):
             self.transport.write(sized(b"200 OK", MODELS))
         elif re.search(rb'"stream": ?true', body):
             pace = PACE_SECONDS if b'"paced"' in body else 0.0
-            asyncio.get_running_loop().create_task(self.stream(pace))
+            events = [STREAM_EVENT] * NUM_EVENTS
+            if b'"return_token_ids"' in body:
+                events = [FIRST_TOKENS_EVENT, *[TOKENS_EVENT] * (NUM_EVENTS - 2), LAST_TOKENS_EVENT]
+            asyncio.get_running_loop().create_task(self.stream(events, pace))
         else:
             self.transport.write(sized(b"200 OK", WHOLE))
 
-    async def stream(self, pace: float) -> None:
+    async def stream(self, events: list[bytes], pace: float) -> None:
         self.transport.write(STREAM_HEAD)
-        for _ in range(NUM_EVENTS):
-            self.transport.write(STREAM_EVENT)
+        for event in events:
+            self.transport.write(event)
             await asyncio.sleep(pace)
         self.transport.write(STREAM_END)
 
@@ -122,7 +141,7 @@ async def mock_engines(num_engines: int) -> None:
 # --- our router -----------------------------------------------------------------------------------------------------
 
 
-async def our_router(ports: list[int], journal_path: str | None) -> None:
+async def our_router(ports: list[int], journal_path: str | None, follow: bool) -> None:
     from rota.base.journal import Journal, header_for
     from rota.runtime.clocks import SystemClock
     from rota.runtime.live import LiveLoop
@@ -137,7 +156,7 @@ async def our_router(ports: list[int], journal_path: str | None) -> None:
         OpenAIEngine(InstanceId(f"mock-{index}"), f"http://127.0.0.1:{port}") for index, port in enumerate(ports)
     ]
     await serve(
-        ServeConfig(port=0),
+        ServeConfig(port=0, resume=follow),
         loop=LiveLoop(SystemClock(), journal),
         machine=build(config).cluster,
         engines=engines,
@@ -298,7 +317,12 @@ def start_subjects(
     subjects["direct"] = (ports[0], None)
     me = [sys.executable, __file__, "--serve", json.dumps(ports)]
     journal = arguments.scratch + "/journal.jsonl"
-    for name, extra in (("byte_pipe", ["--pipe"]), ("rota", []), ("rota_with_journal", ["--journal", journal])):
+    for name, extra in (
+        ("byte_pipe", ["--pipe"]),
+        ("rota", []),
+        ("rota_following", ["--follow"]),
+        ("rota_with_journal", ["--journal", journal]),
+    ):
         process = spawn(core, me + extra, log)
         subjects[name] = (ports_from(process, name)[0], process)
     if arguments.peer:
@@ -368,6 +392,7 @@ def main() -> None:
     parser.add_argument("--mock", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--journal", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.mock:
@@ -375,7 +400,7 @@ def main() -> None:
         return
     if arguments.serve:
         ports = json.loads(arguments.serve)
-        uvloop.run(byte_pipe(ports) if arguments.pipe else our_router(ports, arguments.journal))
+        uvloop.run(byte_pipe(ports) if arguments.pipe else our_router(ports, arguments.journal, arguments.follow))
         return
 
     cores = sorted(os.sched_getaffinity(0))

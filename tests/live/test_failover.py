@@ -6,10 +6,12 @@ ROTA_NUM_FAULTS=30 pytest -m live -s tests/live/test_failover.py -k load   # as 
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,7 +38,9 @@ from rota.testing.garbling import GarblingProxy
 pytestmark = pytest.mark.live
 
 NUM_FAULTS = int(os.environ.get("ROTA_NUM_FAULTS", "10"))
-FAULTS = ("SIGKILL", "SIGSTOP", "garbage")
+KILL_EVERY = 10
+"""One fault in ten is a SIGKILL, after which a vLLM takes a minute or more to start; the others are of the other two
+kinds by turns."""
 NUM_CLIENTS = 3
 MODEL = "smollm2-135m"
 PROMPTS = (
@@ -104,11 +108,19 @@ async def pair(folder: Path) -> AsyncIterator[Pair]:
     try:
         async with router:
             await router.wait_ready(2, timeout_seconds=300)
+            for watch_, engine in zip(router.watches, engines, strict=True):
+                # As someone would do by hand, and quicker than a start.
+                watch_.on_hung = functools.partial(_continue, engine)
             yield Pair(router, engines, proxies)
     finally:
         for proxy in proxies:
             proxy.close()
         journal.close()
+
+
+def _continue(engine: ManagedEngine) -> None:
+    if engine.process.pid is not None:
+        os.killpg(engine.process.pid, signal.SIGCONT)
 
 
 def body_of(index: int, *, chat: bool, max_tokens: int) -> dict[str, Any]:
@@ -182,6 +194,30 @@ async def break_one(pair: Pair, index: int, how: str) -> None:
         os.killpg(pid, signal.Signals[how])
 
 
+async def noticed(pair: Pair, index: int, how: str) -> None:
+    """Wait until the engine that was broken was found to be: lost, or its streams gone elsewhere."""
+    async with asyncio.timeout(60):
+        while (
+            bool(pair.proxies[index].is_garbling)
+            if how == "garbage"
+            else pair.engines[index].id in pair.router.cluster.statuses
+        ):
+            await asyncio.sleep(0.02)
+
+
+def wrong_among(heard: list[tuple[int, "Heard"]], expected: list["Heard"]) -> list["Heard"]:
+    return [
+        each
+        for which, each in heard
+        if each.said() != expected[which].said() or not each.is_done or each.errors or len(each.names) != 1
+    ]
+
+
+def tally(heard: list[tuple[int, "Heard"]], expected: list["Heard"]) -> str:
+    longest = max((each.gap for _, each in heard), default=0.0)
+    return f"{len(heard)} streams, {len(wrong_among(heard, expected))} wrong, longest gap of a stream {longest:.2f} s"
+
+
 async def both_ready(pair: Pair) -> None:
     async with asyncio.timeout(300):
         while len(pair.router.cluster.statuses) < 2 or not all(
@@ -192,7 +228,7 @@ async def both_ready(pair: Pair) -> None:
 
 @pytest.mark.asyncio
 async def test_streams_survive_faults_under_a_steady_load(tmp_path: Path) -> None:
-    kinds = [(index, chat, tokens) for index in range(len(PROMPTS)) for chat, tokens in ((True, 90), (False, 120))]
+    kinds = [(index, chat, tokens) for index in range(len(PROMPTS)) for chat, tokens in ((True, 30), (False, 40))]
     bodies = [body_of(index, chat=chat, max_tokens=tokens) for index, chat, tokens in kinds]
     async with pair(tmp_path) as two, aiohttp.ClientSession() as session:
         expected = [await ask(session, two, body) for body in bodies]
@@ -210,16 +246,17 @@ async def test_streams_survive_faults_under_a_steady_load(tmp_path: Path) -> Non
         clients = [asyncio.create_task(client(offset)) for offset in range(NUM_CLIENTS)]
         try:
             for number in range(NUM_FAULTS):
-                await asyncio.sleep(1.5 + random.Random(number).random())
-                how = FAULTS[number % len(FAULTS)]
+                await asyncio.sleep(2.0 + random.Random(number).random())
+                how = "SIGKILL" if number % KILL_EVERY == 4 else ("SIGSTOP", "garbage")[number % 2]
                 busiest = max(two.router.cluster.num_in_flight().items(), key=lambda each: each[1])[0]
                 index = [engine.id for engine in two.engines].index(busiest)
                 began = time.monotonic()
                 await break_one(two, index, how)
-                await asyncio.sleep(1.0)
+                await noticed(two, index, how)
                 await both_ready(two)
+                seconds = time.monotonic() - began
                 print(
-                    f"fault {number + 1}: {how} at {busiest}, both ready after {time.monotonic() - began:.1f} s",
+                    f"fault {number + 1}: {how} at {busiest}, over after {seconds:.1f} s; {tally(heard, expected)}",
                     flush=True,
                 )
         finally:
@@ -227,17 +264,12 @@ async def test_streams_survive_faults_under_a_steady_load(tmp_path: Path) -> Non
             with contextlib.suppress(BaseException):
                 await asyncio.gather(*clients)
         num_resumed = sum(b'"num_output_tokens"' in line and b"Dispatch" in line for line in _lines(tmp_path))
-    wrong = [
-        (which, each)
-        for which, each in heard
-        if each.said() != expected[which].said() or not each.is_done or each.errors or len(each.names) != 1
-    ]
     undisturbed = max(each.gap for each in expected)
     print(
-        f"{NUM_FAULTS} faults, {len(heard)} streams, {num_resumed} resumptions, {len(wrong)} wrong; "
-        f"longest gap of a stream {max(each.gap for _, each in heard):.2f} s ({undisturbed:.2f} s undisturbed)"
+        f"{NUM_FAULTS} faults, {num_resumed} resumptions; {tally(heard, expected)} ({undisturbed:.2f} s undisturbed); "
+        f"{statistics.median(each.gap for _, each in heard):.2f} s in the median stream"
     )
-    assert not wrong, wrong[0]
+    assert not (wrong := wrong_among(heard, expected)), wrong[0]
     assert num_resumed >= NUM_FAULTS // 2
     assert len(heard) > NUM_FAULTS
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rota.serving.frontdoor.serve import ServeConfig
 from rota.serving.live.watch import WatchSettings
 from rota.testing.router import RunningRouter, running_router
+from rota.testing.scripted import answers, breaks, engines_of, scripted
 from rota.testing.token_server import KINDS, LEAK, Break, TokenServer, begins_character, events_of, said, token_engines
 
 WATCH = WatchSettings(interval_seconds=0.02, starting_interval_seconds=0.01)
@@ -22,13 +23,13 @@ QUICK = ServeConfig(port=0, watch=WATCH)
 
 @asynccontextmanager
 async def served(
-    *breaks: Break | None,
+    *faults: Break | None,
     num_servers: int = 3,
     serve: ServeConfig = QUICK,
     pace: float = 0.0,
     version: bytes = b"0.32.0",
 ) -> AsyncIterator[tuple[RunningRouter, list[TokenServer]]]:
-    left = list(breaks)
+    left = list(faults)
     servers = [TokenServer(left, created=1 + index, pace=pace, version=version) for index in range(num_servers)]
     try:
         async with running_router(num_simulated=0, engines=await token_engines(servers), serve=serve) as running:
@@ -117,16 +118,16 @@ def test_however_often_it_breaks_no_token_is_lost_or_doubled(data: st.DataObject
         if chat
         else data.draw(st.text("ab ", min_size=1))
     )
-    breaks = data.draw(st.lists(st.builds(Break, st.integers(0, 45), st.sampled_from(KINDS)), max_size=3))
+    faults = data.draw(st.lists(st.builds(Break, st.integers(0, 45), st.sampled_from(KINDS)), max_size=3))
 
     async def run() -> tuple[str, bytes]:
-        async with served(*breaks) as (running, _):
+        async with served(*faults) as (running, _):
             return await ask(running, body)
 
     request_id, raw = asyncio.run(run())
     if b'"error"' in raw:
         # Three attempts before the first token are all that there are.
-        assert len(breaks) == 3
+        assert len(faults) == 3
         return
     raw = without_created(raw)
     if extra.get("return_token_ids"):
@@ -216,10 +217,51 @@ async def test_an_engine_that_ignores_the_token_ids_is_not_believed() -> None:
 @pytest.mark.asyncio
 async def test_a_steady_load_survives_engines_that_break_by_turns() -> None:
     bodies = [body_of(max_tokens=12 + index % 9, user=str(index)) for index in range(24)]
-    breaks = [Break(2 + index % 11, KINDS[index % len(KINDS)]) for index in range(24)]
-    async with served(*breaks, pace=0.001) as (running, servers):
+    faults = [Break(2 + index % 11, KINDS[index % len(KINDS)]) for index in range(24)]
+    async with served(*faults, pace=0.001) as (running, servers):
         answers = await asyncio.gather(*(ask(running, body) for body in bodies))
         resumed = sum("kv_transfer_params" in body for server in servers for body in server.bodies)
     for body, (request_id, raw) in zip(bodies, answers, strict=True):
         assert_whole(without_created(raw), body, request_id)
     assert resumed >= 12
+
+
+@pytest.mark.asyncio
+async def test_an_engine_whose_streams_stand_still_is_lost_though_its_probes_are_well() -> None:
+    serve = ServeConfig(port=0, watch=WatchSettings(interval_seconds=0.02, stall_seconds=0.2))
+    async with served(Break(7, "stall"), serve=serve) as (running, _):
+        request_id, raw = await ask(running, body := body_of())
+    assert_whole(without_created(raw), body, request_id)
+
+
+@pytest.mark.asyncio
+async def test_a_breaker_takes_out_an_instance_that_fails_though_its_probes_are_well() -> None:
+    async with scripted(breaks, answers) as servers:
+        engines = await engines_of(servers)
+        async with running_router(num_simulated=0, engines=engines, serve=QUICK) as running:
+            body = {**body_of(), "stream": False}
+            for _ in range(20):
+                _, raw = await ask(running, body)
+                assert b"fine" in raw
+            cluster = running.router.cluster
+            assert servers[0].num_posts == 5, "after five failures it gets nothing"
+            assert not cluster.takes_requests(engines[0].id)
+            assert cluster.takes_requests(engines[1].id)
+            servers[0].script = answers
+            async with asyncio.timeout(5):
+                while not cluster.takes_requests(engines[0].id):
+                    await asyncio.sleep(0.02)
+            for _ in range(4):
+                await ask(running, body)
+            assert servers[0].num_posts > 5, "after a pause it is tried again"
+
+
+@pytest.mark.asyncio
+async def test_the_last_instance_is_never_taken_out() -> None:
+    async with (
+        scripted(breaks) as servers,
+        running_router(num_simulated=0, engines=await engines_of(servers), serve=QUICK) as running,
+    ):
+        for _ in range(5):
+            await ask(running, {**body_of(), "stream": False})
+        assert running.router.cluster.takes_requests(running.router.engines[0].id)

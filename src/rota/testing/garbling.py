@@ -26,6 +26,11 @@ class GarblingProxy:
         self._garble = data
         self._pending = set(self._streams)
 
+    @property
+    def is_garbling(self) -> bool:
+        """Whether there are streams that are still to be garbled."""
+        return bool(self._pending)
+
     async def start(self) -> str:
         """Listen; returns the URL."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)

@@ -26,7 +26,8 @@ METRICS = (
     b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"
 )
 KINDS = ("kill", "end", "not_json", "not_sse", "wrong_type", "error", "abort", "early_done")
-"""Ways to break before an event, all of which are noticed at once; `hang` is another."""
+"""Ways to break before an event, all of which are noticed at once. After `hang` the whole server stands still, after
+`stall` that stream alone."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ class TokenServer(ScriptedServer):
             writer.write(b"0\r\n\r\n")
         elif kind == "hang":
             self.is_stopped = True
+            await asyncio.sleep(60)
+        elif kind == "stall":
             await asyncio.sleep(60)
         else:
             writer.write(framed(garbage(kind, event)))
