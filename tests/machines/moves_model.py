@@ -323,6 +323,7 @@ class MigrationRules(RuleBasedStateMachine):
             assert following is None or following > deadline, "a deadline in the past would be armed for ever"
             self.obey(commands)
             self.forget_instances()
+            self.every_state_is_left_in_time()
             told += commands
         self.now = until
         return told

@@ -26,13 +26,15 @@ _candidates = InstanceBook.candidates
 
 def believe_any_hand_over(self, event, now):
     if isinstance(event, HandedOver) and event.migration_id in self._open:
-        return (self._commit(self._open[event.migration_id], event),)
+        migration = self._open[event.migration_id]
+        del self._in_state[migration.state][migration.id]
+        return (self._commit(migration, event),)
     return _take(self, event, now)
 
 
 def forget_one_side(self, migration):
     _close(self, migration)
-    migration.destination.num_migrations += 1
+    migration.destination.num_coming += 1
 
 
 def commit_without_moving(self, migration, event):
@@ -63,7 +65,7 @@ PLANTED = {
     "a move goes on when its request ends": (MigrationBook, "abort_of", lambda self, *facts: []),
     "a move goes on when an instance goes": (MigrationBook, "abort_at", lambda self, *facts, as_source: []),
     "a state lasts for ever": (MigrationBook, "expire", lambda self, now: []),
-    "a deadline is forgotten": (MigrationBook, "_reset_deadline", lambda self: None),
+    "a deadline is forgotten": (MigrationBook, "next_deadline", lambda self: None),
     "what may not move is moved": (MigrationBook, "_way_of", move_anything),
     "those who come back have no budget": (InstanceBook, "candidates", no_budget),
     "a place that came free is not used": (InstanceLedger, "_resumed", lambda self, request_id: False),

@@ -21,7 +21,8 @@ class InstanceLedger:
         "_resuming",
         "id",
         "max_prompt_tokens",
-        "num_migrations",
+        "num_coming",
+        "num_leaving",
         "num_outstanding_tokens",
         "report",
         "restarted_at",
@@ -38,8 +39,10 @@ class InstanceLedger:
         self.report: InstanceReport | None = None
         self.restarted_at: Instant | None = None
         self.num_outstanding_tokens = 0
-        self.num_migrations = 0
-        """Under way, from here or to here."""
+        self.num_leaving = 0
+        """Migrations under way from here."""
+        self.num_coming = 0
+        """Migrations under way to here."""
         self._num_tokens_of: dict[RequestId, int] = {}
         self._resuming: set[RequestId] = set()
         self.view = InstanceReading(self, prefix_index)
@@ -47,6 +50,11 @@ class InstanceLedger:
     @property
     def num_outstanding_requests(self) -> int:
         return len(self._num_tokens_of)
+
+    @property
+    def num_migrations(self) -> int:
+        """Under way, from here or to here."""
+        return self.num_leaving + self.num_coming
 
     @property
     def num_resuming(self) -> int:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import takewhile
 from types import MappingProxyType
 
 from rota.base.errors import ConfigError, LawBroken
@@ -146,7 +147,9 @@ class MigrationBook:
         self._limits = limits
         self._open: dict[int, Migration] = {}
         self._id_of: dict[RequestId, int] = {}
-        self._deadline_at: Instant | None = None
+        # The open ones by state, in the order in which they came into it, which is that of their deadlines: a state may
+        # last equally long for all.
+        self._in_state = {state: dict[int, Migration]() for state in _OPEN_STATES}
         self._num_started = 0
         self._num_committed = 0
         self._num_aborted: Counter[Cause] = Counter()
@@ -186,11 +189,10 @@ class MigrationBook:
         source, destination = ledgers[move.source], ledgers[move.destination]
         deadline_at = after(now, self._limits.reserve_timeout)
         migration = Migration(self._num_started, tracked, source, destination, way, deadline_at)
-        self._open[migration.id] = migration
+        self._open[migration.id] = self._in_state[migration.state][migration.id] = migration
         self._id_of[migration.request_id] = migration.id
-        source.num_migrations += 1
-        destination.num_migrations += 1
-        self._reset_deadline()
+        source.num_leaving += 1
+        destination.num_coming += 1
         return Migrate(migration.id, migration.request_id, source.id, destination.id, way, move.reason)
 
     def _way_of(self, move: Move, tracked: TrackedRequest | None) -> Way | Dropped:
@@ -213,9 +215,9 @@ class MigrationBook:
         if largest > destination.max_prompt_tokens:
             return Dropped.TOO_LARGE
         most = self._limits.max_migrations
-        if sum(migration.source is source for migration in self) >= most:
+        if source.num_leaving >= most:
             return Dropped.SOURCE_BUSY
-        if sum(migration.destination is destination for migration in self) >= most:
+        if destination.num_coming >= most:
             return Dropped.DESTINATION_BUSY
         return self._common_way(tracked, source, destination)
 
@@ -246,11 +248,11 @@ class MigrationBook:
         step = _STEP_OF[type(event)]
         if step not in MIGRATION_LIFECYCLE.transitions[migration.state]:
             return ()
-        migration.state = MIGRATION_LIFECYCLE.move(migration.state, step)
+        self._leave_state(migration, step)
         if isinstance(event, HandedOver):
             return (self._commit(migration, event),)
         migration.deadline_at = after(now, self._limits.timeout(migration.state))
-        self._reset_deadline()
+        self._in_state[migration.state][migration.id] = migration
         if isinstance(event, RoomReserved):
             return (CopyOut(migration.id, migration.request_id),)
         if isinstance(event, CopyCaughtUp):
@@ -287,33 +289,38 @@ class MigrationBook:
 
     def expire(self, now: Instant) -> list[ClusterCommand]:
         """Give up every migration whose state lasted too long."""
-        if self._deadline_at is None or self._deadline_at > now:
-            return []
-        overdue = [migration for migration in self if migration.deadline_at <= now]
+        overdue = [
+            migration
+            for waiting in self._in_state.values()
+            for migration in takewhile(lambda each: each.deadline_at <= now, waiting.values())
+        ]
         return [self._abort(migration, Cause.TIMEOUT, self._overdue(migration)) for migration in overdue]
 
     def next_deadline(self) -> Instant | None:
-        return self._deadline_at
+        if not self._open:
+            return None
+        return min(next(iter(waiting.values())).deadline_at for waiting in self._in_state.values() if waiting)
 
     def _overdue(self, migration: Migration) -> str:
         return f"{migration.state} for {to_seconds(self._limits.timeout(migration.state)):g} s"
 
     def _abort(self, migration: Migration, cause: Cause, reason: str) -> AbortMigration:
-        migration.state = MIGRATION_LIFECYCLE.move(migration.state, "aborted")
+        self._leave_state(migration, "aborted")
         self._num_aborted[cause] += 1
         self._close(migration)
         return AbortMigration(migration.id, migration.request_id, reason)
 
+    def _leave_state(self, migration: Migration, step: str) -> None:
+        del self._in_state[migration.state][migration.id]
+        migration.state = MIGRATION_LIFECYCLE.move(migration.state, step)
+
     def _close(self, migration: Migration) -> None:
         del self._open[migration.id]
         del self._id_of[migration.request_id]
-        self._reset_deadline()
-        for ledger in (migration.source, migration.destination):
-            ledger.num_migrations -= 1
-            self._instances.forget_if_over(ledger)
-
-    def _reset_deadline(self) -> None:
-        self._deadline_at = min((migration.deadline_at for migration in self), default=None)
+        migration.source.num_leaving -= 1
+        migration.destination.num_coming -= 1
+        self._instances.forget_if_over(migration.source)
+        self._instances.forget_if_over(migration.destination)
 
     # --- laws --------------------------------------------------------------------------------------------------------
 
@@ -330,21 +337,24 @@ class MigrationBook:
                 )
             if self._id_of.get(migration.request_id) != migration.id:
                 raise LawBroken(f"law 1: {migration.request_id} moves twice")
+            if self._in_state[migration.state].get(migration.id) is not migration:
+                raise LawBroken(f"law 6: migration {migration.id} is {migration.state}, without a deadline")
         if len(self._id_of) != len(self._open):
             raise LawBroken(f"law 1: {len(self._id_of)} requests move in {len(self._open)} migrations")
         self._check_instances(self._instances.ledgers.values())
 
     def _check_instances(self, ledgers: Iterable[InstanceLedger]) -> None:
-        sources = Counter(migration.source.id for migration in self)
-        destinations = Counter(migration.destination.id for migration in self)
+        leaving = Counter(migration.source.id for migration in self)
+        coming = Counter(migration.destination.id for migration in self)
         for ledger in ledgers:
-            recount = sources[ledger.id] + destinations[ledger.id]
-            if ledger.num_migrations != recount:
+            recount = leaving[ledger.id], coming[ledger.id]
+            if (ledger.num_leaving, ledger.num_coming) != recount:
                 raise LawBroken(f"law 12: {ledger.id} counts {ledger.num_migrations} migrations, there are {recount}")
-            if max(sources[ledger.id], destinations[ledger.id]) > self._limits.max_migrations:
+            if max(recount) > self._limits.max_migrations:
                 raise LawBroken(f"law 12: {ledger.id} is part of {recount} migrations, more than may be")
 
 
+_OPEN_STATES = [state for state in MIGRATION_LIFECYCLE.transitions if state not in MIGRATION_LIFECYCLE.final]
 _STEP_OF: Mapping[type[MigrationEvent], str] = {
     RoomReserved: "reserved",
     CopyStarted: "copying",
