@@ -370,6 +370,8 @@ def test_the_router_carries_out_what_a_policy_wants():
     [
         ("balance_load", {"source_below": 100.0}, "source_below"),
         ("balance_load", {"interval_seconds": 0.0}, "interval_seconds"),
+        ("balance_load", {"max_pairs": 0}, "max_pairs"),
+        ("defragment", {"max_heads": 0}, "max_heads"),
         ("drain", {"max_migrations": 0}, "max_migrations"),
         ("isolate_class", {"high_load_target": 2.0}, "high_load_target"),
         ("defragment", {"max_moves": 2}, "max_moves"),

@@ -25,8 +25,9 @@ class BalanceLoad:
     its own. Pairs are formed anew in each round.
 
     Published in the code: a round every 0.05 s, a threshold of 3 blocks a request (48 steps, for blocks of 16), one
-    migration at a time for an instance. Never published: two thresholds that differ. The headroom is that of dispatch
-    policy `virtual_usage`; give both the same parameters.
+    migration at a time for an instance. Never published: two thresholds that differ. Ours: `max_pairs`, which bounds
+    what a round costs in a large fleet; the next round begins with those who are short of most again. The headroom is
+    that of dispatch policy `virtual_usage`; give both the same parameters.
 
     Good when lengths are heavy-tailed, so that placing a request once is not enough. Starves nobody, but it is the
     short requests of the low classes that move and pause, some of them more than once.
@@ -42,11 +43,14 @@ class BalanceLoad:
         destination_above: float = FRONTIER_STEPS,
         interval_seconds: float = 0.05,
         max_migrations: int = 1,
+        max_pairs: int = 16,
         high_priority_max: int = -1,
         high_load_target: float = HIGH_LOAD_TARGET,
     ) -> None:
         """Thresholds are in steps; `destination_above` may not be below `source_below`. `max_migrations` may be under
-        way at an instance at once; the router has a limit of its own."""
+        way at an instance at once; the router has a limit of its own. `max_pairs` are looked at in a round."""
+        if max_pairs < 1:
+            raise ConfigError(f"max_pairs must be at least 1, not {max_pairs}")
         if not destination_above >= source_below:
             raise ConfigError(
                 f"destination_above ({destination_above}) must not be below source_below ({source_below})"
@@ -54,6 +58,7 @@ class BalanceLoad:
         self.interval_seconds = checked_interval(interval_seconds)
         self._source_below = source_below
         self._destination_above = destination_above
+        self._max_pairs = max_pairs
         self._rounds = Rounds(
             max_migrations=max_migrations, high_priority_max=high_priority_max, high_load_target=high_load_target
         )
@@ -73,7 +78,7 @@ class BalanceLoad:
                 for view in cluster.instances
                 if freeness[view.id] > self._destination_above and planned.may_receive(view)
             )
-            for (_, source_id), (_, destination_id) in zip(sources, destinations, strict=False):
+            for (_, source_id), (_, destination_id) in zip(sources[: self._max_pairs], destinations, strict=False):
                 self._relieve(planned, planned.views[source_id], planned.views[destination_id])
         return self._rounds.close(planned, cluster.now)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence, Set
 
+from rota.base.errors import ConfigError
 from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceView, Move, RequestId, SequenceReport
 from rota.serving.policies.freeness import HIGH_LOAD_TARGET
 from rota.serving.policies.migration.drain import empty_draining
@@ -20,8 +21,8 @@ class Defragment:
     instances that drain.
 
     Published: a round every 0.05 s, a threshold of 48 steps (3 blocks of 16 tokens a request). The public code moves
-    one at a time; `max_migrations` lets up to 4 leave for one head, and the router begins as many at once as its own
-    limit allows.
+    one at a time; here `max_migrations` lets up to 4 leave for one head, and the router begins as many at once as its
+    own limit allows. Ours: `max_heads`, which bounds what a round costs in a large fleet.
 
     Good when prompts are long and instances nearly full. Starves nobody of its class; a head that lacks more than
     `max_migrations` can free waits as it would have. See `defragment_plan` for many heads at once.
@@ -36,9 +37,14 @@ class Defragment:
         destination_above: float = FRONTIER_STEPS,
         interval_seconds: float = 0.05,
         max_migrations: int = 4,
+        max_heads: int = 16,
         high_priority_max: int = -1,
         high_load_target: float = HIGH_LOAD_TARGET,
     ) -> None:
+        """`max_heads` are helped in a round, of those that are blocked."""
+        if max_heads < 1:
+            raise ConfigError(f"max_heads must be at least 1, not {max_heads}")
+        self._max_heads = max_heads
         self.interval_seconds = checked_interval(interval_seconds)
         self._destination_above = destination_above
         self._rounds = Rounds(
@@ -48,7 +54,7 @@ class Defragment:
     def plan(self, cluster: ClusterView, moving: Set[RequestId]) -> Sequence[Move]:
         planned = self._rounds.open(cluster, moving)
         empty_draining(planned)
-        for head in blocked_heads(planned):
+        for head in blocked_heads(planned)[: self._max_heads]:
             make_fit(planned, head, self._destination_above)
         return self._rounds.close(planned, cluster.now)
 

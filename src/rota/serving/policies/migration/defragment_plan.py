@@ -48,7 +48,7 @@ class DefragmentPlan:
         max_heads: int = 8,
         max_candidates: int = 8,
         max_destinations: int = 8,
-        search_limit: float = 0.1,
+        search_limit: float = 0.02,
         high_priority_max: int = -1,
         high_load_target: float = HIGH_LOAD_TARGET,
     ) -> None:
@@ -193,6 +193,8 @@ class _Program:
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 0
         solver.parameters.max_deterministic_time = search_limit
+        # A program this small is solved sooner than it is simplified: 3 ms in place of 160 on four heads.
+        solver.parameters.cp_model_presolve = False
         status = solver.solve(self._model)
         if status not in (self._solver_module.OPTIMAL, self._solver_module.FEASIBLE):
             return []
