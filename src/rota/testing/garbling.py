@@ -14,6 +14,8 @@ class GarblingProxy:
         self._pending: set[int] = set()
         self._streams: set[int] = set()
         self._num_connections = 0
+        self.num_garbled = 0
+        """Streams so far that got nonsense."""
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
 
@@ -27,9 +29,9 @@ class GarblingProxy:
         self._pending = set(self._streams)
 
     @property
-    def is_garbling(self) -> bool:
-        """Whether there are streams that are still to be garbled."""
-        return bool(self._pending)
+    def num_streams(self) -> int:
+        """Streams of events under way."""
+        return len(self._streams)
 
     async def start(self) -> str:
         """Listen; returns the URL."""
@@ -57,12 +59,14 @@ class GarblingProxy:
             while data := await far_reader.read(65536):
                 if b"text/event-stream" in data:
                     self._streams.add(name)
+                    self._pending.discard(name)
                 elif name in self._pending:
                     self._pending.discard(name)
+                    self.num_garbled += 1
                     writer.write(b"%x\r\n%b\r\n" % (len(self._garble), self._garble))
                     await writer.drain()
                     await asyncio.sleep(3600)
-                if data.endswith(b"0\r\n\r\n"):
+                if b"data: [DONE]" in data or data.endswith(b"0\r\n\r\n"):
                     self._streams.discard(name)
                 writer.write(data)
                 await writer.drain()
