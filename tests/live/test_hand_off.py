@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio(loop_scope="module")]
 NUM_MOVES = int(os.environ.get("ROTA_NUM_MOVES", "40"))
 MAX_TOKENS = 48
 BLOCK_SIZE = 32
-AT_ONCE = 4
+AT_ONCE = 6
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

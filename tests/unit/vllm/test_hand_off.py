@@ -91,7 +91,8 @@ def test_it_ends_with_the_next_token_or_by_itself_and_nobody_else_notices(
     assert num_made <= had + max(1, in_flight) + 1
     assert ticket.num_tokens_left == max_tokens - num_made > 0
     assert len(ticket.prompt_token_ids) == PROMPTS["a"]
-    # What a destination takes room for, it can pull.
+    # What a destination takes room for, it can pull: all but the last token is computed, and no more than that.
+    assert not engine.exporter._reqs_not_processed
     assert (PROMPTS["a"] + num_made - 1) % BLOCK_SIZE != 0
 
 
