@@ -365,7 +365,7 @@ def test_who_rests_is_no_victim():
         commands = end_step(machine)
         machine.check()
     # b has four blocks, needs a fifth and finds nobody but itself: no step can be ordered, and that is no starvation.
-    assert commands == []
+    assert not commands
     assert machine.sequence("b").state == "preempted"
     assert machine.sequence("a").num_blocks == 4
     # The step that comes of it says who was preempted on the way.

@@ -109,6 +109,8 @@ class InstanceMachine:
         self.now = now
         if isinstance(event, StepFinished):
             self._finish_step(event)
+            if not self.moving.stopping:
+                return self._plan()
             return [*self.moving.step_ended(), *self._plan()]
         if isinstance(event, SequenceArrived):
             reason = self._why_never(event)

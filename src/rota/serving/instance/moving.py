@@ -36,10 +36,10 @@ class Moving:
         self.rooms: dict[RequestId, Holding] = {}
         """Blocks that are kept, by who may come."""
         self.resting: dict[RequestId, Sequence] = {}
+        self.stopping: dict[RequestId, None] = {}
+        """Who shall rest when the step in flight has ended."""
         self._machine = machine
         self._ledger = ledger
-        self._stopping: dict[RequestId, None] = {}
-        """Who shall rest when the step in flight has ended."""
 
     @property
     def num_slots(self) -> int:
@@ -65,7 +65,7 @@ class Moving:
 
     def step_ended(self) -> list[InstanceCommand]:
         """Have those rest that were asked to. Call when the tokens of the step are given out, before the next plan."""
-        asked, self._stopping = list(self._stopping), {}
+        asked, self.stopping = list(self.stopping), {}
         return [self._stop(request_id) for request_id in asked]
 
     def aborted(self, sequence: Sequence) -> list[InstanceCommand]:
@@ -73,9 +73,9 @@ class Moving:
         lists."""
         if self.resting.pop(sequence.id, None) is not None:
             self._ledger.release(sequence, sequence.num_computed_tokens, will_return=False)
-        if sequence.id not in self._stopping:
+        if sequence.id not in self.stopping:
             return []
-        del self._stopping[sequence.id]
+        del self.stopping[sequence.id]
         return [StopRefused(sequence.id, "it was aborted")]
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class Moving:
     def _ask_to_stop(self, request_id: RequestId) -> list[InstanceCommand]:
         sequence = self._machine.sequence(request_id)
         if sequence is not None and sequence.state == "running" and self._machine.is_in_step:
-            self._stopping[request_id] = None
+            self.stopping[request_id] = None
             return []
         return [self._stop(request_id)]
 
@@ -152,7 +152,7 @@ class Moving:
         return SequenceStopped(request_id, sequence.num_tokens)
 
     def _resume(self, request_id: RequestId) -> None:
-        self._stopping.pop(request_id, None)
+        self.stopping.pop(request_id, None)
         sequence = self.resting.pop(request_id, None)
         if sequence is not None:
             sequence.move("resumed")
