@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rota.base.errors import ConfigError
@@ -103,6 +103,7 @@ def test_the_whole_queue_counts_if_asked_for_and_those_untold_as_the_told():
     assert freeness().of(shown) == (16_000 - 320) / 2, "those untold are not taken for dispatched since"
 
 
+@settings(deadline=None)
 @given(instances_that_tell(), st.integers(1, 3000), st.integers(-2, 2))
 def test_one_more_never_makes_it_freer_and_taking_it_off_restores(shown, num_tokens, priority):
     """But for what is owed: more requests share it."""
@@ -114,6 +115,7 @@ def test_one_more_never_makes_it_freer_and_taking_it_off_restores(shown, num_tok
     assert more.without_request(num_tokens, is_high=priority < 0) == load
 
 
+@settings(deadline=None)
 @given(instances_that_tell())
 def test_what_is_remembered_is_what_would_be_read(shown):
     rule = freeness()

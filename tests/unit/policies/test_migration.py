@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rota.base.errors import ConfigError
@@ -103,6 +103,7 @@ def without_draining(shown):
     return ClusterSample(shown.now, tuple(replace(view, is_draining=False) for view in shown.instances))
 
 
+@settings(deadline=None)
 @given(some_clusters.map(without_draining), st.integers(1, 4))
 def test_balance_load_never_raises_the_difference_of_a_pair(shown, max_migrations):
     assert pairs_are_nearer(BalanceLoad(max_migrations=max_migrations), shown)
@@ -115,6 +116,7 @@ def test_and_its_control_does():
     assert moved(BalanceLoad(), shown) == [("a1", "a", "b")]
 
 
+@settings(deadline=None)
 @given(some_clusters)
 def test_balance_load_makes_no_new_source(shown):
     later = freeness(carried_out(shown, moves := BalanceLoad().plan(shown, NOBODY)))
@@ -187,6 +189,7 @@ class ShortestAlways(Defragment):
         return []
 
 
+@settings(deadline=None)
 @given(some_clusters, st.integers(1, 4))
 def test_defragment_makes_each_head_fit_that_it_moves_for(shown, max_migrations):
     assert all(heads_that_fit_after(Defragment(max_migrations=max_migrations), shown))
@@ -231,6 +234,7 @@ def high_class_that_moved(policy, shown):
     ]
 
 
+@settings(deadline=None)
 @given(some_clusters)
 def test_isolate_class_never_moves_the_high_class_and_never_to_it(shown):
     policy = IsolateClass(max_migrations=3)
@@ -273,6 +277,7 @@ def test_every_policy_empties_what_drains(name):
     assert settled(NoneMoved(), shown).instances[0].running, "the control does not"
 
 
+@settings(deadline=None)
 @given(some_clusters)
 def test_drain_leaves_only_those_for_whom_nobody_has_room(shown):
     later = settled(Drain(max_migrations=4), shown)
