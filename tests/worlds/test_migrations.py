@@ -77,14 +77,6 @@ def test_nothing_is_lost_in_five_thousand_migrations():
     check_harm_was_done(aborted, reasons, statuses, num_resumed, 10)
 
 
-@pytest.mark.slow
-def test_nothing_is_lost_in_fifty_thousand_migrations():
-    ways, aborted, reasons, num_committed, statuses, num_resumed = play_many(range(100, 290))
-    print(f"{ways.total()} migrations {dict(ways)}, {num_committed} committed, given up in {dict(aborted)}")
-    assert ways.total() > 50_000
-    check_harm_was_done(aborted, reasons, statuses, num_resumed, 50)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_leap_is_as_good_as_its_steps_and_as_composing_them(way, monkeypatch):
     leaps = []
