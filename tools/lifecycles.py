@@ -13,7 +13,10 @@ TABLES: tuple[tuple[TransitionTable, str], ...] = (
     (REQUEST_LIFECYCLE, "A request at the router, from arrival to its one end."),
     (SEQUENCE, "A request's life on one instance."),
     (INSTANCE_LIFECYCLE, "An instance as the router sees it."),
-    (MIGRATION_LIFECYCLE, "A request on its way to another instance. Its source owns it in every state but `committed`."),
+    (
+        MIGRATION_LIFECYCLE,
+        "A request on its way to another instance. Its source owns it in every state but `committed`.",
+    ),
 )
 
 
