@@ -28,7 +28,7 @@ check: $(INSTALLED) ## Lint, types, import contracts and the fast tests; under f
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q -m "not live and not slow"
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal -m "not live and not slow"
 
 test: check ## Everything CI runs: `check`, then the slow and the live tests
 	$(BIN)/pytest -q -m "live or slow"

@@ -5,6 +5,7 @@ import pytest
 from rota.base.errors import ConfigError, PolicyError
 from rota.base.instant import Duration, Instant, milliseconds, seconds
 from rota.serving.api import Capability, InstanceId, Move, Request, RequestId, SequenceReport
+from rota.serving.cluster import machine
 from rota.serving.cluster.lifecycles import MIGRATION_LIFECYCLE
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.migration import Cause, Dropped, MigrationLimits
@@ -448,15 +449,23 @@ def test_those_who_come_back_do_not_melt_the_rest():
 
 
 def test_those_who_come_back_go_before_those_who_are_new():
-    cluster = Cluster(A)
+    cluster = Cluster(B)
+    cluster.feed(InstanceDraining(B))
+    cluster.start(A, num_blocks=10)
+    cluster.arrive("large", num_prompt_tokens=500)  # came first, and has to wait for an instance of that size
     for request_id in ("b", "c"):
-        cluster.run(request_id)
+        cluster.run(request_id, num_prompt_tokens=20)
     cluster.feed(InstanceDraining(A))
-    cluster.arrive("a", priority=0)
     cluster.arrive("urgent", priority=-1)
     cluster.feed(RequestFailed(RequestId("c"), A, "lost", num_output_tokens=1))
     cluster.feed(RequestFailed(RequestId("b"), A, "lost"))
-    assert [command.request_id for command in cluster.start(B)] == ["urgent", "c", "a"]
+    assert [command.request_id for command in cluster.start(B)] == ["urgent", "c", "large"]
+
+
+def test_waiting_with_the_rest_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(machine, "_hold_order", lambda tracked: (tracked.request.priority, tracked.request.arrived_at))
+    with pytest.raises(AssertionError):
+        test_those_who_come_back_go_before_those_who_are_new()
 
 
 def test_one_who_is_held_too_long_fails():

@@ -8,7 +8,6 @@ from tests.machines.moves_model import INTERVAL, MigrationRules
 
 from rota.base.errors import IllegalMove, LawBroken
 from rota.base.instant import Instant
-from rota.serving.cluster import machine as machine_module
 from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.ledger import InstanceLedger
 from rota.serving.cluster.machine import ClusterMachine
@@ -69,11 +68,6 @@ PLANTED = {
     "what may not move is moved": (MigrationBook, "_way_of", move_anything),
     "those who come back have no budget": (InstanceBook, "candidates", no_budget),
     "a place that came free is not used": (InstanceLedger, "_resumed", lambda self, request_id: False),
-    "those who come back wait with the rest": (
-        machine_module,
-        "_hold_order",
-        lambda tracked: (tracked.request.priority, tracked.request.arrived_at, tracked.request.id),
-    ),
     "the asking goes on without work": (
         ClusterMachine,
         "_keep_asking",

@@ -106,14 +106,14 @@ BUGS = {
     ),
     "a dead engine keeps its blocks": (
         "sim/instance.py",
-        "            self._loop.deliver(self.name, SequenceAborted(request_id))\n        return lost",
+        "            self._loop.deliver(self.name, SequenceAborted(one.request_id))\n        return lost",
         "            pass\n        return lost",
         WORLD,
     ),
     "requests that die with their engine are forgotten": (
         "sim/cluster.py",
-        '            self._fail_attempt(request_id, instance_id, f"instance {instance_id} crashed")',
-        "            pass",
+        '        self._fail_attempt(lost.request_id, instance_id, f"instance {instance_id} crashed"',
+        '        print(lost.request_id, instance_id, f"instance {instance_id} crashed"',
         WORLD,
     ),
     "the truth of ended requests is kept": (
