@@ -11,7 +11,7 @@ from tests.worlds.test_router_failover import ask, assert_whole, body_of, withou
 from rota.base.journal import Journal
 from rota.runtime.clocks import SystemClock
 from rota.runtime.live import LiveLoop
-from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, Move, RequestId
+from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, MigrationPolicy, Move, RequestId
 from rota.serving.assemble import SystemConfig, header_of
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.frontdoor.serve import Router, ServeConfig
@@ -19,6 +19,7 @@ from rota.serving.live.watch import WatchSettings
 from rota.serving.model.commands import Migrate
 from rota.serving.policies.admission.bounded_queue import BoundedQueue
 from rota.serving.policies.dispatch.round_robin import RoundRobin
+from rota.serving.policies.migration.drain import Drain
 from rota.testing.token_server import KINDS, Break, TokenServer, token_engines
 
 
@@ -45,17 +46,20 @@ class Shuttle:
 
 
 @asynccontextmanager
-async def shuttled(breaks: Iterable[Break | None] = ()) -> AsyncIterator[tuple[Router, list[TokenServer], Journal]]:
+async def shuttled(
+    breaks: Iterable[Break | None] = (), policy: MigrationPolicy | None = None
+) -> AsyncIterator[tuple[Router, list[TokenServer], Journal]]:
+    """A router over three servers, whose streams `policy` moves; without one, all of them, all the time."""
     left = list(breaks)
     servers = [TokenServer(left, created=1 + index, pace=0.004) for index in range(3)]
-    policy = Shuttle()
+    policy = Shuttle() if policy is None else policy
     machine = ClusterMachine(RoundRobin(), BoundedQueue(), migration=policy)
     journal = Journal(header_of(SystemConfig()), keep_rows=True)
     watch = WatchSettings(interval_seconds=0.05, starting_interval_seconds=0.01)
     engines = await token_engines(servers, probe_timeout_seconds=1.0)
-    policy.router = router = Router(
-        ServeConfig(port=0, watch=watch), LiveLoop(SystemClock(), journal), machine, engines
-    )
+    router = Router(ServeConfig(port=0, watch=watch), LiveLoop(SystemClock(), journal), machine, engines)
+    if isinstance(policy, Shuttle):
+        policy.router = router
     try:
         async with router:
             await router.wait_ready(3, timeout_seconds=10.0)
@@ -118,3 +122,25 @@ async def test_clients_that_leave_while_they_are_moved_leave_nothing_behind() ->
         async with asyncio.timeout(5):
             while sum(server.num_dropped for server in servers) < sum(server.num_posts for server in servers):
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_drains_is_emptied_by_a_policy_that_the_router_tells_who_runs() -> None:
+    bodies = [body_of(chat=index % 2 == 0, max_tokens=400) for index in range(6)]
+    async with shuttled(policy=Drain(interval_seconds=0.01)) as (router, _, _journal):
+        cluster = router.cluster
+        asked = [asyncio.create_task(ask_router(router, body)) for body in bodies]
+        async with asyncio.timeout(10):
+            while sum(flight.resumption is not None for flight in cluster.flights.values()) < len(bodies):
+                await asyncio.sleep(0.01)
+        drained = InstanceId(min(cluster.num_in_flight()))
+        assert cluster.num_in_flight()[drained] == 2
+        cluster.drain(drained)
+        async with asyncio.timeout(10):
+            while cluster.num_in_flight()[drained]:
+                await asyncio.sleep(0.01)
+        assert not any(task.done() for task in asked), "it was emptied by waiting"
+        answers = await asyncio.gather(*asked)
+        assert cluster.machine.migration_counts().num_committed == 2
+    for body, (request_id, raw) in zip(bodies, answers, strict=True):
+        assert_whole(without_created(raw), body, request_id)

@@ -101,6 +101,8 @@ class ClusterMachine:
         self._admission_policy = admission
         self._migration_policy = migration
         self._ask_every = Duration(0) if migration is None else seconds(migration.interval_seconds)
+        self.reads_sequences = bool(self._ask_every or getattr(dispatch, "reads_sequences", False))
+        """Whether a policy looks at who runs and who waits at an instance, so that reports should tell."""
         self._patience = patience
         self._max_attempts = max_attempts
         self._max_resumptions = max_resumptions
@@ -117,7 +119,6 @@ class ClusterMachine:
         self._recent: OrderedDict[RequestId, None] = OrderedDict()
         self._num_arrived = 0
         self._num_ended = dict.fromkeys(REQUEST_LIFECYCLE.final, 0)
-
         self._num_resumed = 0
 
         self._instances = InstanceBook(prefix_index)

@@ -9,6 +9,8 @@ the request's terms travel (`Request.movable`); otherwise it ends with an error.
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
+
 from rota.base.errors import LawBroken, RotaError
 from rota.base.instant import Duration, Instant, to_seconds
 from rota.runtime.live import LiveLoop
@@ -42,7 +44,7 @@ from rota.serving.model.events import (
     RequestArrived,
     RequestFailed,
 )
-from rota.serving.model.instance import InstanceId, InstanceReport
+from rota.serving.model.instance import InstanceId, InstanceReport, SequenceReport
 from rota.serving.model.request import RequestId
 
 _log = logging.getLogger(__name__)
@@ -184,8 +186,28 @@ class LiveCluster:
                 self.tell(InstanceStarted(self.statuses[instance_id].spec))
 
     def reported(self, report: InstanceReport, delay: Duration) -> None:
-        """A report of an instance's load arrived."""
+        """A report of an instance's load arrived. Engines do not tell of their sequences: where a policy looks at them,
+        those that the router follows are added."""
+        if self.machine.reads_sequences and not report.running:
+            report = msgspec.structs.replace(report, running=self._running_at(report.instance_id))
         self.tell(InstanceReported(report, delay))
+
+    def _running_at(self, instance_id: InstanceId) -> tuple[SequenceReport, ...]:
+        """The streams at an instance whose tokens are known, oldest first, with the blocks that these need."""
+        status = self.statuses.get(instance_id)
+        if status is None:
+            return ()
+        block_size = status.spec.limits.block_size
+        running = []
+        for request_id, flight in self.flights.items():
+            attempt, resumption = flight.attempt, flight.resumption
+            if attempt is None or attempt.is_over or attempt.instance_id != instance_id or resumption is None:
+                continue
+            if resumption.num_output_tokens is not None:
+                num_tokens = resumption.num_tokens
+                priority = flight.call.request.priority
+                running.append(SequenceReport(request_id, num_tokens, -(-num_tokens // block_size), priority))
+        return tuple(running)
 
     def abandon(self, flight: Flight, attempt: Attempt, reason: str) -> None:
         """Take a request back from its instance, as a failed attempt."""

@@ -75,6 +75,11 @@ class Resumption:
             return None
         return len(self.output_token_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens, of the prompt and those that the client has got."""
+        return len(self.prompt_token_ids or ()) + len(self.output_token_ids)
+
     def first_call(self) -> EngineCall:
         """The client's request, with token ids asked for."""
         if self.wants_token_ids:

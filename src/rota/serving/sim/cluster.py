@@ -41,7 +41,7 @@ from rota.serving.sim.ground_truth import GroundTruth
 from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, Lost, SequenceState, SimulatedInstance, SimulatedMachine
 from rota.serving.sim.migration import Hooks, MigrationFact, Moves, Transfer
 from rota.serving.sim.samples import Sampler
-from rota.serving.stack import REGISTRIES, StackConfig, engine_policies
+from rota.serving.stack import engine_policies
 
 EngineKind = Literal["model", "vllm"]
 """Who decides an instance's steps: our block-level model, or vLLM's scheduler object with our plug-in in it."""
@@ -121,7 +121,6 @@ class SimulatedCluster:
                 f"vLLM's scheduler object cannot let requests go, as migration policy {config.stack.migration!r} would",
                 hint="simulate migrations with the model engine",
             )
-        self._tells_of_sequences = _needs_sequences(config.stack)
         self._instances: dict[InstanceId, SimulatedInstance] = {}
         self._retired: list[SimulatedMachine] = []
         self._specs = {spec.id: spec for spec in config.instances}
@@ -327,7 +326,7 @@ class SimulatedCluster:
             leap=self._options.leap,
             rank=RANK_STEP - 1 - list(reversed(self._specs)).index(spec.id),
             journeys=self,
-            tells_of_sequences=self._tells_of_sequences,
+            tells_of_sequences=self.cluster.reads_sequences,
         )
         self.loop.deliver(CLUSTER, InstanceStarted(spec))
 
@@ -449,9 +448,3 @@ class _Open:
         """At the instances that it has left."""
         self.downtime = 0
         self.stopped_at: Instant | None = None
-
-
-def _needs_sequences(stack: StackConfig) -> bool:
-    """Whether a policy of the router looks at who runs and who waits at an instance."""
-    dispatch = REGISTRIES["dispatch"].load(stack.dispatch)
-    return stack.migration != "none" or bool(getattr(dispatch, "reads_sequences", False))
