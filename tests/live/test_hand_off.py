@@ -33,7 +33,9 @@ async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[lis
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def session(engines: list[VllmEngine]) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+    # A connection of its own for each request: an idle one may be closed by the server just as it is used again.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
         yield session
 
 
