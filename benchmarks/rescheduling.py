@@ -26,7 +26,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -246,11 +246,6 @@ def instances_saved(num_requests: int) -> dict[str, Any]:
     return {"case": case.name, "bound_ttft_p99_ms": bound, "num_instances": needed}
 
 
-def rows(num_requests: int, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    for case in cases:
-        yield compare(case, num_requests)
-
-
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -268,7 +263,7 @@ def main() -> None:
             "num_cpus": os.cpu_count(),
             "num_requests": num_requests,
         },
-        "cases": list(rows(num_requests, CASES)),
+        "cases": [compare(case, num_requests) for case in CASES],
         "high_class": high_class(num_requests),
         "instances": instances_saved(num_requests),
     }

@@ -144,3 +144,21 @@ async def test_an_instance_that_drains_is_emptied_by_a_policy_that_the_router_te
         assert cluster.machine.migration_counts().num_committed == 2
     for body, (request_id, raw) in zip(bodies, answers, strict=True):
         assert_whole(without_created(raw), body, request_id)
+
+
+@pytest.mark.asyncio
+async def test_policies_are_told_of_those_who_stay_as_well() -> None:
+    """A stream with a seed cannot move; left out, its instance would look free."""
+    bodies = [body_of(max_tokens=300, **stays) for stays in ({}, {"seed": 1, "temperature": 0.5}) for _ in range(3)]
+    async with shuttled(policy=Drain()) as (router, _, _journal):
+        cluster = router.cluster
+        asked = [asyncio.create_task(ask_router(router, body)) for body in bodies]
+
+        def told() -> set[RequestId]:
+            return {each.request_id for view in cluster.machine.instance_views() for each in view.running}
+
+        async with asyncio.timeout(10):
+            while len(cluster.flights) < len(bodies) or told() != set(cluster.flights):
+                await asyncio.sleep(0.01)
+        assert sum(flight.resumption is None for flight in cluster.flights.values()) == 3
+        await asyncio.gather(*asked)

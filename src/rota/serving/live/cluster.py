@@ -187,26 +187,27 @@ class LiveCluster:
 
     def reported(self, report: InstanceReport, delay: Duration) -> None:
         """A report of an instance's load arrived. Engines do not tell of their sequences: where a policy looks at them,
-        those that the router follows are added."""
+        the router says what it knows."""
         if self.machine.reads_sequences and not report.running:
             report = msgspec.structs.replace(report, running=self._running_at(report.instance_id))
         self.tell(InstanceReported(report, delay))
 
     def _running_at(self, instance_id: InstanceId) -> tuple[SequenceReport, ...]:
-        """The streams at an instance whose tokens are known, oldest first, with the blocks that these need."""
+        """All requests at an instance, oldest first, with the blocks that their tokens need. Of a stream that is not
+        followed, and of a whole answer, the prompt alone is known: leaving them out would make the instance look
+        freer than it is."""
         status = self.statuses.get(instance_id)
         if status is None:
             return ()
         block_size = status.spec.limits.block_size
         running = []
         for request_id, flight in self.flights.items():
-            attempt, resumption = flight.attempt, flight.resumption
-            if attempt is None or attempt.is_over or attempt.instance_id != instance_id or resumption is None:
+            attempt, resumption, request = flight.attempt, flight.resumption, flight.call.request
+            if attempt is None or attempt.is_over or attempt.instance_id != instance_id:
                 continue
-            if resumption.num_output_tokens is not None:
-                num_tokens = resumption.num_tokens
-                priority = flight.call.request.priority
-                running.append(SequenceReport(request_id, num_tokens, -(-num_tokens // block_size), priority))
+            is_followed = resumption is not None and resumption.num_output_tokens is not None
+            num_tokens = resumption.num_tokens if resumption and is_followed else request.num_prompt_tokens
+            running.append(SequenceReport(request_id, num_tokens, -(-num_tokens // block_size), request.priority))
         return tuple(running)
 
     def abandon(self, flight: Flight, attempt: Attempt, reason: str) -> None:
