@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -11,8 +11,8 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
+from tests.machines.hunting import hunt
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Duration, Instant
@@ -413,17 +413,8 @@ PLANTED = {
 def test_a_planted_bug_is_found(monkeypatch, bug):
     owner, method, planted = PLANTED[bug]
     monkeypatch.setattr(owner, method, planted)
-    quick = settings(
-        max_examples=300,
-        stateful_step_count=30,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-    )
     with pytest.raises((LawBroken, AssertionError, KeyError)):
-        run_state_machine_as_test(ClusterRules, settings=quick)
+        hunt(ClusterRules)
 
 
 def test_check_cites_the_law_when_a_request_is_lost():

@@ -2,8 +2,8 @@
 to see that it would be found."""
 
 import pytest
-from hypothesis import Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import settings
+from tests.machines.hunting import hunt
 from tests.machines.moves_model import INTERVAL, MigrationRules
 
 from rota.base.errors import IllegalMove, LawBroken
@@ -81,14 +81,5 @@ PLANTED = {
 def test_a_planted_bug_is_found(monkeypatch, bug):
     owner, method, planted = PLANTED[bug]
     monkeypatch.setattr(owner, method, planted)
-    quick = settings(
-        max_examples=400,
-        stateful_step_count=40,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-    )
     with pytest.raises((LawBroken, IllegalMove, AssertionError, KeyError)):
-        run_state_machine_as_test(MigrationRules, settings=quick)
+        hunt(MigrationRules, max_examples=400, stateful_step_count=40)

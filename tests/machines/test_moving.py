@@ -2,9 +2,10 @@
 host may say in whatever order."""
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import invariant, precondition, rule
+from tests.machines.hunting import hunt
 from tests.machines.test_instance import BLOCK, InstanceRules
 
 from rota.base.errors import LawBroken, RotaError
@@ -428,14 +429,5 @@ RESUME, ABORTED = Moving._resume, Moving.aborted
 def test_a_planted_bug_is_found(monkeypatch, bug):
     owner, method, planted = PLANTED[bug]
     monkeypatch.setattr(owner, method, planted)
-    quick = settings(
-        max_examples=300,
-        stateful_step_count=30,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-    )
     with pytest.raises((RotaError, AssertionError)):
-        run_state_machine_as_test(MovingRules, settings=quick)
+        hunt(MovingRules)
