@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -14,13 +15,17 @@ import pytest_asyncio
 from tests.live.vllm_pair import Answer, body_of, complete, moved_by_hand_off, moved_by_replay, two_engines
 
 from rota.serving.engines.vllm.engine import RequestStays, VllmEngine
-from rota.serving.engines.vllm.tickets import continuation
+from rota.serving.engines.vllm.tickets import Ticket, continuation
 from rota.serving.model.request import RequestId
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio(loop_scope="module")]
 
 NUM_MOVES = int(os.environ.get("ROTA_NUM_MOVES", "40"))
 MAX_TOKENS = 48
+LONG = 240
+"""Tokens of those that must be moved, so that an engine is not done before a client that stalled has read."""
+ATTEMPTS = 5
+"""And should it be done nevertheless, it is asked for again, so often in all."""
 BLOCK_SIZE = 32
 AT_ONCE = 6
 
@@ -81,20 +86,19 @@ async def test_moved_at_random_tokens_they_make_the_tokens_of_those_that_stayed(
         for engine, before in zip(engines, pulled, strict=True)
     ]
     assert sum(pulled_since) == len(lefts)
-    # A few may have ended before they were asked for.
-    assert len(lefts) > NUM_MOVES * 0.4
+    # Some may have ended before they were asked for, all that are under way if the machine stalls.
+    assert len(lefts) > NUM_MOVES * 0.25
     assert min(pulled_since) > 0
     # The last token never lies alone at the beginning of a block, which the other engine could not pull.
     assert 0 not in lefts
 
 
-async def test_a_request_moves_there_and_back(engines: list[VllmEngine], session: aiohttp.ClientSession) -> None:
-    body = body_of(list(range(2000, 2075)), MAX_TOKENS)
-    stayed = await complete(session, engines[0], "twice-stays", body)
+async def there_and_back(engines: list[VllmEngine], session: aiohttp.ClientSession, body: dict[str, Any]) -> list[int]:
+    """Its tokens, made at one engine, at the other, and at the first again. Raises `RequestStays`."""
     tokens: list[int] = []
     call, source = body, 0
     for name, after in (("there", 7), ("back", 12)):
-        asked: list[asyncio.Task[object]] = []
+        asked: list[asyncio.Task[Ticket]] = []
 
         def heard(answer: Answer, source: int = source, name: str = name, after: int = after, asked=asked) -> bool:
             if len(answer.tokens) >= after and not asked:
@@ -104,8 +108,19 @@ async def test_a_request_moves_there_and_back(engines: list[VllmEngine], session
         answer = await complete(session, engines[source], name, call, heard)
         ticket = await asked[0]
         tokens += answer.tokens
-        call, source = continuation(ticket, body), 1 - source  # type: ignore[arg-type]
-    tokens += (await complete(session, engines[source], "home", call)).tokens
+        call, source = continuation(ticket, body), 1 - source
+    return tokens + (await complete(session, engines[source], "home", call)).tokens
+
+
+async def test_a_request_moves_there_and_back(engines: list[VllmEngine], session: aiohttp.ClientSession) -> None:
+    body = body_of(list(range(2000, 2075)), LONG)
+    stayed = await complete(session, engines[0], "twice-stays", body)
+    for attempt in range(ATTEMPTS):
+        try:
+            tokens = await there_and_back(engines, session, body)
+            break
+        except RequestStays:
+            assert attempt < ATTEMPTS - 1
     assert tokens == stayed.tokens
 
 
@@ -113,17 +128,21 @@ async def test_one_that_cannot_be_pulled_any_more_is_computed_anew(
     engines: list[VllmEngine], session: aiohttp.ClientSession
 ) -> None:
     """A ticket whose source is not there any more, one that does not fit the prompt, and one left unused."""
-    body = body_of(list(range(3000, 3090)), MAX_TOKENS)
+    body = body_of(list(range(3000, 3090)), LONG)
     stayed = await complete(session, engines[0], "lost-stays", body)
-    moved = await moved_by_hand_off(session, engines[0], engines[1], "unused", body, 5, replay=True)
-    assert moved.tokens == stayed.tokens
-    ticket = moved.ticket
+    ticket = None
+    for attempt in range(ATTEMPTS):
+        moved = await moved_by_hand_off(session, engines[0], engines[1], f"unused-{attempt}", body, 5, replay=True)
+        assert moved.tokens == stayed.tokens
+        ticket = moved.ticket
+        if ticket is not None:
+            break
     assert ticket is not None and ticket.kv_transfer_params is not None
     gone = {**ticket.kv_transfer_params, "remote_engine_id": "nobody", "remote_port": 1}
     short = {**ticket.kv_transfer_params, "remote_block_ids": [ticket.kv_transfer_params["remote_block_ids"][0][:-1]]}
     for name, params in (("gone", gone), ("short", short)):
         # Another prompt of the same length: this one's blocks are cached by now.
-        other = body_of(list(range(5000 + len(name) * 100, 5090 + len(name) * 100)), MAX_TOKENS)
+        other = body_of(list(range(5000 + len(name) * 100, 5090 + len(name) * 100)), LONG)
         expected = await complete(session, engines[0], f"{name}-stays", other)
         call = {**continuation(ticket, other), "kv_transfer_params": params}
         k = len(ticket.output_token_ids)
@@ -137,7 +156,7 @@ async def test_blocks_come_back_and_those_that_stay_say_why(
 ) -> None:
     with pytest.raises(RequestStays, match="not here"):
         await engines[0].hand_off(RequestId("nobody"))
-    seeded = {**body_of(list(range(4000, 4050)), 40), "seed": 3}
+    seeded = {**body_of(list(range(4000, 4050)), LONG), "seed": 3}
     asked: list[asyncio.Task[object]] = []
 
     def heard(answer: Answer) -> bool:
@@ -145,9 +164,14 @@ async def test_blocks_come_back_and_those_that_stay_say_why(
             asked.append(asyncio.create_task(engines[0].hand_off(RequestId("seeded"))))
         return False
 
-    assert len((await complete(session, engines[0], "seeded", seeded, heard)).tokens) == 40
-    with pytest.raises(RequestStays, match="seeded"):
-        await asked[0]
+    for _ in range(ATTEMPTS):
+        asked.clear()
+        assert len((await complete(session, engines[0], "seeded", seeded, heard)).tokens) == LONG
+        with pytest.raises(RequestStays) as stays:
+            await asked[0]
+        if "not here" not in str(stays.value) and "has ended" not in str(stays.value):
+            break
+    assert "its draws are seeded" in str(stays.value)
     # All that was pulled is free again, and what was never pulled is free when its lease has ended.
     async with asyncio.timeout(60):
         while any([await value(session, engine, "vllm:kv_cache_usage_perc") for engine in engines]):
