@@ -77,6 +77,7 @@ def test_every_answer_is_one_that_the_description_promises(
     label: str, mode: GenerationMode, num_examples: int, running: RunningRouter
 ) -> None:
     schema = schemathesis.openapi.from_url(running.url + "/openapi.json")
+    num_finished_before = running.router.cluster.machine.counts().num_finished
     operation = next(found.ok() for found in schema.get_all_operations() if found.ok().label == label)
 
     @given(case=operation.as_strategy(generation_mode=mode))
@@ -97,20 +98,11 @@ def test_every_answer_is_one_that_the_description_promises(
         case.call_and_validate(timeout=20)
 
     fuzz()
-
-
-def test_after_the_fuzzer_the_router_is_whole(running: RunningRouter) -> None:
+    # The router is whole after it, and what was right got through to an engine.
     machine = running.router.cluster.machine
     machine.check()
     counts = machine.counts()
-    assert counts.num_finished > 30, "the fuzzer hardly got through to an engine"
     assert not running.router.cluster.flights
     assert counts.num_failed == 0
-
-
-def test_the_description_is_valid_and_names_what_is_served(running: RunningRouter) -> None:
-    from rota.serving.frontdoor.http1 import HttpLimits
-    from rota.serving.frontdoor.openapi import describe
-
-    description = json.loads(json.dumps(describe(HttpLimits())))
-    assert set(description["paths"]) == {*running.router.door._routes, *PATHS}
+    if mode == RIGHT and label.endswith("completions"):
+        assert counts.num_finished - num_finished_before > 10, "the fuzzer hardly got through to an engine"
