@@ -75,19 +75,24 @@ def test_a_known_size_does_not_excuse_a_missing_line_end() -> None:
 class Heard:
     """A sink that takes chunks once it heard data, as a stream's client does."""
 
-    def __init__(self, *, takes_chunks: bool) -> None:
+    def __init__(self, *, takes_chunks: bool, declined_size: int | None = None) -> None:
+        """Data of `declined_size` bytes modulo 3 is left to the parser after all."""
         self.body = b""
         self.num_chunks_passed = 0
         self.ends: list[str] = []
         self._takes_chunks = takes_chunks
+        self._declined_size = declined_size
 
     @property
     def on_chunks(self) -> Any:
         return self._take if self._takes_chunks and self.body else None
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, data: bytes) -> bool:
+        if len(data) % 3 == self._declined_size:
+            return False
         self.num_chunks_passed += 1
         self.body += Parsed(data).body
+        return True
 
     def on_head(self, status: int, headers: Headers) -> None: ...
 
@@ -125,16 +130,17 @@ def deliver(pieces: list[bytes], sink: Heard) -> None:
     st.sampled_from([b"", b"checksum: 1\r\n"]),
     st.lists(st.integers(0, 400), max_size=12),
     st.booleans(),
+    st.none() | st.integers(0, 2),
 )
-@example([b"z", b"x\r\n1\r\na\r\n"], b"", b"", [len(HEAD) + 6, len(HEAD) + 12, len(HEAD) + 18], True)
-@example([b"z", b"a\r\nb\r\n" + b"y" * 11], b"", b"", [len(HEAD) + 6, len(HEAD) + 7, len(HEAD) + 29], True)
+@example([b"z", b"x\r\n1\r\na\r\n"], b"", b"", [len(HEAD) + 6, len(HEAD) + 12, len(HEAD) + 18], True, None)
+@example([b"z", b"a\r\nb\r\n" + b"y" * 11], b"", b"", [len(HEAD) + 6, len(HEAD) + 7, len(HEAD) + 29], True, None)
 def test_however_a_stream_is_cut_up_it_arrives_whole(
-    parts: list[bytes], extension: bytes, trailer: bytes, cuts: list[int], takes_chunks: bool
+    parts: list[bytes], extension: bytes, trailer: bytes, cuts: list[int], takes_chunks: bool, declined_size: int | None
 ) -> None:
     """The examples: a chunk lies within a chunk, and half a size is a size."""
     wire = HEAD + b"".join(framed(part, extension) for part in parts) + b"0\r\n" + trailer + b"\r\n"
     edges = sorted({0, *(cut for cut in cuts if cut < len(wire)), len(wire)})
-    sink = Heard(takes_chunks=takes_chunks)
+    sink = Heard(takes_chunks=takes_chunks, declined_size=declined_size)
     deliver([wire[start:end] for start, end in pairwise(edges)], sink)
     assert sink.body == b"".join(parts)
     assert sink.ends == ["end"]

@@ -37,9 +37,10 @@ class AnswerSink(Protocol):
         ...
 
     @property
-    def on_chunks(self) -> Callable[[bytes], None] | None:
-        """Takes bytes of the body in place of `on_data` where they are whole HTTP/1.1 chunks, framing included; an
-        engine that has such may ask after each `on_data`. None wants none (any more or yet)."""
+    def on_chunks(self) -> Callable[[bytes], bool] | None:
+        """Takes bytes of the body in place of `on_data` where they are whole HTTP/1.1 chunks, framing included; False
+        leaves them to `on_data` after all. An engine that has such may ask after each `on_data`. None wants none (any
+        more or yet)."""
         ...
 
     def on_end(self) -> None:

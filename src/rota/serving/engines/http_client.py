@@ -21,7 +21,7 @@ class ResponseSink(Protocol):
     """Who hears a response: see `rota.serving.engines.engine.AnswerSink`."""
 
     @property
-    def on_chunks(self) -> Callable[[bytes], None] | None: ...
+    def on_chunks(self) -> Callable[[bytes], bool] | None: ...
     def on_head(self, status: int, headers: Headers) -> None: ...
     def on_data(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
@@ -218,8 +218,8 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         self._is_chunked = False
         self._is_in_chunk = False
-        self._pass_on: Callable[[bytes], None] | None = None
-        """Takes whole chunks unparsed; None where the parser has to see what comes next."""
+        self._pass_on: Callable[[bytes], bool] | None = None
+        """Takes whole chunks unparsed, or says that they are to be parsed; None where the parser has to see what comes next."""
 
     def begin(self, call: Call) -> None:
         self._reset()
@@ -265,8 +265,7 @@ class _Connection(asyncio.Protocol):
         # Nearly all that a router does happens here: an event of a stream, which is a whole chunk, goes on as it came.
         # The parser is between two chunks then, and does not miss one that it is not shown.
         pass_on = self._pass_on
-        if pass_on is not None and are_whole_chunks(data):
-            pass_on(data)
+        if pass_on is not None and are_whole_chunks(data) and pass_on(data):
             return
         call = self._call
         if call is None:  # Bytes that nobody asked for.

@@ -196,7 +196,7 @@ class _Passing:
         self.on_data = sink.on_data
 
     @property
-    def on_chunks(self) -> Callable[[bytes], None] | None:
+    def on_chunks(self) -> Callable[[bytes], bool] | None:
         return self._sink.on_chunks
 
     def on_head(self, status: int, headers: Headers) -> None:

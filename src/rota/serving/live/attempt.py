@@ -124,7 +124,7 @@ class Attempt:
         """What came last of a stream: there it says how many tokens it had."""
         self._pass_on = flight.client.on_data
         self._pass_chunks_on: Callable[[bytes], None] | None = None
-        self.on_chunks: Callable[[bytes], None] | None = None
+        self.on_chunks: Callable[[bytes], bool] | None = None
         """None until the stream began, and when this attempt is over."""
         self._timer: asyncio.TimerHandle | None = None
         if cluster.first_byte_timeout_seconds is not None:
@@ -151,10 +151,11 @@ class Attempt:
         else:
             self._collect(data)
 
-    def _on_chunks(self, data: bytes) -> None:
+    def _on_chunks(self, data: bytes) -> bool:
         self._tail.append(data)
         if self._pass_chunks_on is not None:
             self._pass_chunks_on(data)
+        return True
 
     def on_end(self) -> None:
         if self.is_over:
@@ -270,8 +271,21 @@ class FollowedAttempt(Attempt):
         out = self._reader.feed(data)
         if out:
             self._hand_on(out)
+        if self._reader.has_frame and self.on_chunks is None and not self.is_over:
+            self._pass_chunks_on = self._flight.client.on_chunks
+            self.on_chunks = self._pass_chunks_on and self._on_chunks
         if self._reader.broken is not None and not self.is_over:
             self._cluster.abandon(self._flight, self, self._reader.broken)
+
+    def _on_chunks(self, data: bytes) -> bool:
+        if self._pass_chunks_on is None:
+            return True  # It is over: another attempt writes the resumption by now.
+        out = self._reader.glance(data)
+        if out is None:
+            return False
+        self._tail.append(data)
+        self._pass_chunks_on(out)
+        return True
 
     def on_end(self) -> None:
         if self.is_over:

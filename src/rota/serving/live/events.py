@@ -15,11 +15,19 @@ from rota.base.errors import EngineError
 from rota.serving.live.resumption import Resumption
 
 _EVENT_BYTES_MAX = 4 * 1024 * 1024
+_ID_DIGITS_MAX = 18
+"""More would not be an integer of 64 bits."""
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
 _IDS = re.compile(rb'(,"(?:prompt_)?token_ids":)\[[0-9, ]*\]')
 """The ids as JSON has them. A quotation mark after a comma and before a colon cannot be inside a string, where it would
 be escaped."""
+_CHARACTERS = rb'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+'
+"""What a JSON string that is not empty has between its quotation marks."""
+_text_at = re.compile(_CHARACTERS).match
+_frame_of = re.compile(
+    rb'(data: \{.*?"(?:content|text)":")' + _CHARACTERS + rb'("[^\[\]]*,"token_ids":\[)[0-9]+(\].*)', re.DOTALL
+).fullmatch
 
 
 class _Delta(msgspec.Struct):
@@ -76,6 +84,8 @@ class EventReader:
         self._rest = b""
         self._held: list[bytes] = []
         self._held_ids: list[int] = []
+        self._frame: tuple[bytes, bytes, bytes] | None = None
+        """What every plain event of this stream has before its text, between that and its token id, and after it."""
 
     def feed(self, data: bytes) -> bytes:
         """What the client gets now. Stops at what is no event of such a stream, at the engine's own errors, and where
@@ -92,6 +102,40 @@ class EventReader:
         except EngineError as error:
             self.broken = error.message
         return out[0] if len(out) == 1 else b"".join(out)
+
+    @property
+    def has_frame(self) -> bool:
+        """Whether `glance` may know what comes."""
+        return self._frame is not None
+
+    def glance(self, chunk: bytes) -> bytes | None:
+        """What the client gets for an HTTP/1.1 chunk that is one event like those before it, but for its text and its
+        one token id. None, and nothing is changed, if it is anything else: then it has to be parsed, and `feed`.
+
+        Nearly all events of a stream are such. That they are is as sure as if their JSON were decoded."""
+        if self._frame is None or self._rest or self._held_ids or self._held or self._resumption.has_finished:
+            return None
+        before, between, after = self._frame
+        at = chunk.find(b"\r\n") + 2
+        if not chunk.startswith(before, at) or not chunk.endswith(after):
+            return None
+        text = _text_at(chunk, at + len(before))
+        if text is None or not chunk.startswith(between, text.end()):
+            return None
+        ids_at = text.end() + len(between)
+        token_id = chunk[ids_at : -len(after)]
+        if not token_id.isdigit() or (len(token_id) > 1 and token_id[0] == ord("0")) or len(token_id) > _ID_DIGITS_MAX:
+            return None
+        if not chunk.isascii():
+            try:
+                chunk.decode()
+            except UnicodeDecodeError:
+                return None
+        self._resumption.output_token_ids.append(int(token_id))
+        if not self._strip:
+            return chunk
+        event = b"%bnull%b" % (chunk[at : ids_at - 1], after[1:-2])
+        return b"%x\r\n%b\r\n" % (len(event), event)
 
     def end(self) -> None:
         """The connection ended in good order: the stream must have, too."""
@@ -148,6 +192,10 @@ class EventReader:
         if delta is not None and (delta.reasoning or delta.reasoning_content or delta.tool_calls):
             resumption.why_not = "part of the answer was made by a parser inside the engine"
             text = text or "made"
+        if self._frame is None and not self._goes_on and choice.finish_reason is None:
+            plain = _frame_of(event)
+            if plain is not None:
+                self._frame = (plain[1], plain[2], plain[3] + b"\n\n\r\n")
         event = self._forward(event)
         if not text and choice.finish_reason is None:
             self._held.append(event)
