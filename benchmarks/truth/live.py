@@ -364,12 +364,10 @@ def _taken(steps: Steps) -> float:
     return float(1 - steps.cpu_ns[known].sum() / steps.step_ns[known].sum()) if known.any() else 0.0
 
 
-def _latency_rows(
-    profile: Profile, runs: Sequence[Run], folder: Path, what: str, most: float
-) -> Iterator[TruthRow]:
+def _latency_rows(profile: Profile, runs: Sequence[Run], folder: Path, what: str, most: float) -> Iterator[TruthRow]:
     """On the wall clock the bound stands where the live figure itself keeps it: where two live runs differ by more,
-    or neighbours took many of the steps' cores, none can be held. In CPU time two runs are two loads, since each lost its time elsewhere; there it stands unless
-    neighbours took so much that CPU time itself is not what it was."""
+    or neighbours took so much that CPU time itself is not what it was, none can be held. In CPU time two runs are two
+    loads, since each lost its time elsewhere; there it stands unless neighbours took that much."""
     is_crowded = max(_taken(run.steps) for run in runs) > CROWDED
     live = [_live(run) for run in runs]
     simulated = [_simulated(profile, run, folder) for run in runs]

@@ -106,3 +106,11 @@ def test_every_answer_is_one_that_the_description_promises(
     assert counts.num_failed == 0
     if mode == RIGHT and label.endswith("completions"):
         assert counts.num_finished - num_finished_before > 10, "the fuzzer hardly got through to an engine"
+
+
+def test_the_description_is_valid_and_names_what_is_served(running: RunningRouter) -> None:
+    from rota.serving.frontdoor.http1 import HttpLimits
+    from rota.serving.frontdoor.openapi import describe
+
+    description = json.loads(json.dumps(describe(HttpLimits())))
+    assert set(description["paths"]) == {*running.router.door._routes, *PATHS}

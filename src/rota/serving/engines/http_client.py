@@ -219,7 +219,8 @@ class _Connection(asyncio.Protocol):
         self._is_chunked = False
         self._is_in_chunk = False
         self._pass_on: Callable[[bytes], bool] | None = None
-        """Takes whole chunks unparsed, or says that they are to be parsed; None where the parser has to see what comes next."""
+        """Takes whole chunks unparsed, or says that they are to be parsed; None where the parser has to see what comes
+        next."""
 
     def begin(self, call: Call) -> None:
         self._reset()
