@@ -6,7 +6,9 @@ stream could break off inside a character, and vLLM, given such a beginning at t
 text of the whole prompt.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,19 +17,26 @@ from rota.base.errors import EngineError
 from rota.serving.live.resumption import Resumption
 
 _EVENT_BYTES_MAX = 4 * 1024 * 1024
-_ID_DIGITS_MAX = 18
-"""More would not be an integer of 64 bits."""
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
 _IDS = re.compile(rb'(,"(?:prompt_)?token_ids":)\[[0-9, ]*\]')
 """The ids as JSON has them. A quotation mark after a comma and before a colon cannot be inside a string, where it would
 be escaped."""
-_CHARACTERS = rb'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+'
-"""What a JSON string that is not empty has between its quotation marks."""
-_text_at = re.compile(_CHARACTERS).match
+_CHARACTERS = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
+"""What a JSON string has between its quotation marks."""
+_ID = rb"(0|[1-9][0-9]{0,17})"
+"""A token id: an integer of no more than 64 bits."""
+_PADDED_NULLS = tuple(b"null" + b" " * num_blanks for num_blanks in range(16))
 _frame_of = re.compile(
-    rb'(data: \{.*?"(?:content|text)":")' + _CHARACTERS + rb'("[^\[\]]*,"token_ids":\[)[0-9]+(\].*)', re.DOTALL
+    rb'(data: \{.*?"(?:content|text)":")' + _CHARACTERS + rb'("[^\[\]]*,"token_ids":)\[' + _ID + rb"\](.*)", re.DOTALL
 ).fullmatch
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_end(between: bytes, after: bytes) -> Callable[[bytes, int], re.Match[bytes] | None]:
+    """Finds the list of ids and the id, where there is some text and then these."""
+    ids = rb"(\[" + _ID + rb"\])"
+    return re.compile(b'(?!")' + _CHARACTERS + re.escape(between) + ids + re.escape(after) + rb"\Z").match
 
 
 class _Delta(msgspec.Struct):
@@ -84,8 +93,11 @@ class EventReader:
         self._rest = b""
         self._held: list[bytes] = []
         self._held_ids: list[int] = []
-        self._frame: tuple[bytes, bytes, bytes] | None = None
-        """What every plain event of this stream has before its text, between that and its token id, and after it."""
+        self._is_unsettled = False
+        """Part of an event is held back, or no more tokens may come."""
+        self._before: bytes | None = None
+        """What every plain event of this stream has before its text."""
+        self._plain_end = _plain_end(b"", b"")
 
     def feed(self, data: bytes) -> bytes:
         """What the client gets now. Stops at what is no event of such a stream, at the engine's own errors, and where
@@ -101,40 +113,41 @@ class EventReader:
                 raise EngineError(f"an event of the stream exceeds {_EVENT_BYTES_MAX} bytes")
         except EngineError as error:
             self.broken = error.message
+        self._is_unsettled = bool(self._rest or self._held or self._held_ids or self._resumption.has_finished)
         return out[0] if len(out) == 1 else b"".join(out)
 
     @property
     def has_frame(self) -> bool:
         """Whether `glance` may know what comes."""
-        return self._frame is not None
+        return self._before is not None
 
     def glance(self, chunk: bytes) -> bytes | None:
         """What the client gets for an HTTP/1.1 chunk that is one event like those before it, but for its text and its
         one token id. None, and nothing is changed, if it is anything else: then it has to be parsed, and `feed`.
 
         Nearly all events of a stream are such. That they are is as sure as if their JSON were decoded."""
-        if self._frame is None or self._rest or self._held_ids or self._held or self._resumption.has_finished:
+        before = self._before
+        if before is None or self._is_unsettled:
             return None
-        before, between, after = self._frame
         at = chunk.find(b"\r\n") + 2
-        if not chunk.startswith(before, at) or not chunk.endswith(after):
+        if not chunk.startswith(before, at):
             return None
-        text = _text_at(chunk, at + len(before))
-        if text is None or not chunk.startswith(between, text.end()):
-            return None
-        ids_at = text.end() + len(between)
-        token_id = chunk[ids_at : -len(after)]
-        if not token_id.isdigit() or (len(token_id) > 1 and token_id[0] == ord("0")) or len(token_id) > _ID_DIGITS_MAX:
+        plain = self._plain_end(chunk, at + len(before))
+        if plain is None:
             return None
         if not chunk.isascii():
             try:
                 chunk.decode()
             except UnicodeDecodeError:
                 return None
-        self._resumption.output_token_ids.append(int(token_id))
+        self._resumption.output_token_ids.append(int(plain[2]))
         if not self._strip:
             return chunk
-        event = b"%bnull%b" % (chunk[at : ids_at - 1], after[1:-2])
+        ids_at, end_at = plain.span(1)
+        num_blanks = end_at - ids_at - 4
+        if num_blanks >= 0:  # As long as the ids were, so that the size of the chunk is right.
+            return chunk[:ids_at] + _PADDED_NULLS[num_blanks] + chunk[end_at:]
+        event = b"%bnull%b" % (chunk[at:ids_at], chunk[end_at:-2])
         return b"%x\r\n%b\r\n" % (len(event), event)
 
     def end(self) -> None:
@@ -192,10 +205,10 @@ class EventReader:
         if delta is not None and (delta.reasoning or delta.reasoning_content or delta.tool_calls):
             resumption.why_not = "part of the answer was made by a parser inside the engine"
             text = text or "made"
-        if self._frame is None and not self._goes_on and choice.finish_reason is None:
+        if self._before is None and not self._goes_on and choice.finish_reason is None:
             plain = _frame_of(event)
             if plain is not None:
-                self._frame = (plain[1], plain[2], plain[3] + b"\n\n\r\n")
+                self._before, self._plain_end = plain[1], _plain_end(plain[2], plain[4] + b"\n\n\r\n")
         event = self._forward(event)
         if not text and choice.finish_reason is None:
             self._held.append(event)
