@@ -5,10 +5,10 @@ import pytest
 from rota.base.errors import ConfigError, PolicyError
 from rota.base.instant import Duration, Instant, milliseconds, seconds
 from rota.serving.api import Capability, InstanceId, Move, Request, RequestId, SequenceReport
-from rota.serving.cluster import machine
 from rota.serving.cluster.lifecycles import MIGRATION_LIFECYCLE
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.migration import Cause, Dropped, MigrationLimits
+from rota.serving.cluster.tracked import TrackedRequest
 from rota.serving.model.commands import (
     Abort,
     AbortMigration,
@@ -463,7 +463,8 @@ def test_those_who_come_back_go_before_those_who_are_new():
 
 
 def test_waiting_with_the_rest_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(machine, "_hold_order", lambda tracked: (tracked.request.priority, tracked.request.arrived_at))
+    by_arrival = property(lambda tracked: (tracked.request.priority, tracked.request.arrived_at))
+    monkeypatch.setattr(TrackedRequest, "hold_order", by_arrival)
     with pytest.raises(AssertionError):
         test_those_who_come_back_go_before_those_who_are_new()
 

@@ -10,8 +10,9 @@ from rota.base.errors import IllegalMove, LawBroken
 from rota.base.instant import Instant
 from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.ledger import InstanceLedger
-from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.migration import MigrationBook
+from rota.serving.cluster.migration_rounds import MigrationRounds
+from rota.serving.cluster.retries import RetryRule
 from rota.serving.model.commands import Commit, Way
 from rota.serving.model.events import HandedOver
 
@@ -69,11 +70,11 @@ PLANTED = {
     "those who come back have no budget": (InstanceBook, "candidates", no_budget),
     "a place that came free is not used": (InstanceLedger, "_resumed", lambda self, request_id: False),
     "the asking goes on without work": (
-        ClusterMachine,
-        "_keep_asking",
-        lambda self, now: setattr(self, "_ask_at", Instant(now + INTERVAL)),
+        MigrationRounds,
+        "keep_asking",
+        lambda self, event, has_work, now: setattr(self, "ask_at", Instant(now + INTERVAL)),
     ),
-    "resumptions have no bound": (ClusterMachine, "_refusal_to_go_on", lambda self, tracked, event: None),
+    "resumptions have no bound": (RetryRule, "refusal", lambda self, tracked, event, max_prompt_anywhere: None),
 }
 
 

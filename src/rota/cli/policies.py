@@ -14,7 +14,7 @@ from rota.cli.output import print_json, print_lines, print_table
 from rota.serving.engines.vllm.hosting import check_hostable
 from rota.serving.stack import REGISTRIES, StackConfig
 
-ROUTER_KINDS = ("dispatch", "admission", "migration")
+ROUTER_KINDS = ("dispatch", "admission", "migration", "scaling")
 _HOST_SIMULATOR, _HOST_VLLM, _HOST_ROUTER = "simulator", "vLLM 0.32", "router"
 _SERVICES = {"stream"}
 """Constructor parameters that assembly fills in, never a user."""

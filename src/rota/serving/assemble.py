@@ -87,7 +87,12 @@ def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
     """The router's machine with the stack's policies."""
     policies = cluster_policies(stack, RandomStreams(seed))
     return ClusterMachine(
-        policies.dispatch, policies.admission, prefix_index=PrefixIndex(), migration=policies.migration
+        policies.dispatch,
+        policies.admission,
+        prefix_index=PrefixIndex(),
+        migration=policies.migration,
+        scaling=policies.scaling,
+        fleet=stack.fleet,
     )
 
 

@@ -15,12 +15,16 @@ from rota.serving.model.commands import (
     AbortMigration,
     ClusterCommand,
     Dispatch,
+    DrainInstance,
     Fail,
     HandOver,
     Hold,
+    KeepInstance,
     Migrate,
     Reject,
     RunStep,
+    StartInstance,
+    StopInstance,
     Way,
 )
 from rota.serving.model.events import (
@@ -254,6 +258,8 @@ class _Teller:
         self._arrived_at = request.arrived_at
 
     def _router_decided(self, command: ClusterCommand) -> None:
+        if isinstance(command, StartInstance | DrainInstance | KeepInstance | StopInstance):
+            return
         if isinstance(command, Reject | Fail):
             self._unfinished.pop(command.request_id, None)
         if command.request_id != self._id:

@@ -28,9 +28,11 @@ from rota.serving.api import (
     BatchPolicy,
     DispatchPolicy,
     EngineCapabilities,
+    FleetRules,
     MemoryPolicy,
     MigrationPolicy,
     OrderPolicy,
+    ScalingPolicy,
 )
 from rota.serving.policies.admission import ADMISSION
 from rota.serving.policies.batch import BATCH
@@ -38,6 +40,7 @@ from rota.serving.policies.dispatch import DISPATCH
 from rota.serving.policies.memory import MEMORY
 from rota.serving.policies.migration import MIGRATION
 from rota.serving.policies.order import ORDER
+from rota.serving.policies.scaling import SCALING
 
 REGISTRIES: Mapping[str, Registry] = {
     "order": ORDER,
@@ -46,6 +49,7 @@ REGISTRIES: Mapping[str, Registry] = {
     "dispatch": DISPATCH,
     "admission": ADMISSION,
     "migration": MIGRATION,
+    "scaling": SCALING,
 }
 """The kinds of policy, in the order in which docs and command line list them."""
 
@@ -59,6 +63,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     dispatch: dict[str, Any] = {}
     admission: dict[str, Any] = {}
     migration: dict[str, Any] = {}
+    scaling: dict[str, Any] = {}
 
 
 class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +75,9 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dispatch: str = "prefix_then_load"
     admission: str = "bounded_queue"
     migration: str = "none"
+    scaling: str = "none"
+    fleet: FleetRules = FleetRules()
+    """Bounds of whatever scales."""
     parameters: Parameters = Parameters()
 
 
@@ -89,6 +97,7 @@ class ClusterPolicies:
     dispatch: DispatchPolicy
     admission: AdmissionPolicy
     migration: MigrationPolicy
+    scaling: ScalingPolicy
 
 
 def load_stack(path: str | Path | None) -> StackConfig:
@@ -113,6 +122,7 @@ def cluster_policies(config: StackConfig, streams: RandomStreams) -> ClusterPoli
         dispatch=_create("dispatch", config, {"stream": streams.stream("dispatch")}),
         admission=_create("admission", config, {}),
         migration=_create("migration", config, {}),
+        scaling=_create("scaling", config, {}),
     )
 
 

@@ -12,13 +12,17 @@ from rota.serving.model.commands import (
     Abort,
     AbortMigration,
     Dispatch,
+    DrainInstance,
     Fail,
     Hold,
+    KeepInstance,
     Migrate,
     Reject,
     RejectSequence,
     RunStep,
     SequenceStopped,
+    StartInstance,
+    StopInstance,
 )
 from rota.serving.model.events import (
     ClientLeft,
@@ -227,6 +231,9 @@ class _Drawing:
             self._moves[command.migration_id] = _Move(command, self._at, _free_track(MOVES_OUT, taken))
         elif isinstance(command, AbortMigration):
             self._close_move(command.migration_id, f"given up: {command.reason}")
+        elif isinstance(command, StartInstance | DrainInstance | KeepInstance | StopInstance):
+            verb = type(command).__name__.removesuffix("Instance").lower()
+            self._mark(ROUTER, f"{verb} {command.instance_id}, ordered", {"reason": command.reason})
 
     def _close_request(self, request_id: RequestId, end: str) -> None:
         found = self._requests.pop(request_id, None)

@@ -2,21 +2,35 @@
 
 from rota.serving.api.admitting import admit_waiting
 from rota.serving.api.cursors import InOrder
-from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal
+from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
 from rota.serving.api.policies import (
     AdmissionPolicy,
     BatchDraft,
     BatchPolicy,
     BatchShape,
     Cursor,
+    DemandPredictor,
     DispatchPolicy,
     MemoryPolicy,
     MigrationPolicy,
     OrderPolicy,
+    ScalingPolicy,
     StepTimePredictor,
 )
-from rota.serving.api.views import ClusterView, EngineView, InstanceView, SequenceView, WaitingView
+from rota.serving.api.views import (
+    ClusterView,
+    EngineView,
+    FleetView,
+    Heard,
+    InstanceView,
+    Outcome,
+    SequenceView,
+    StartingInstance,
+    WaitingView,
+    WorkTotals,
+)
 from rota.serving.model.capabilities import EVERYTHING, NOTHING, Capability, EngineCapabilities
+from rota.serving.model.fleet import FleetRules, StartOffer, StartSource
 from rota.serving.model.instance import InstanceId, InstanceLimits, Role, SequenceReport
 from rota.serving.model.request import SLO, ProgramId, Request, RequestId, TenantId
 
@@ -32,9 +46,13 @@ __all__ = [
     "Capability",
     "ClusterView",
     "Cursor",
+    "DemandPredictor",
     "DispatchPolicy",
     "EngineCapabilities",
     "EngineView",
+    "FleetRules",
+    "FleetView",
+    "Heard",
     "InOrder",
     "InstanceId",
     "InstanceLimits",
@@ -44,6 +62,7 @@ __all__ = [
     "Move",
     "OnRefusal",
     "OrderPolicy",
+    "Outcome",
     "Pick",
     "Pool",
     "ProgramId",
@@ -51,10 +70,17 @@ __all__ = [
     "Request",
     "RequestId",
     "Role",
+    "ScalingPolicy",
     "SequenceReport",
     "SequenceView",
+    "Start",
+    "StartOffer",
+    "StartSource",
+    "StartingInstance",
     "StepTimePredictor",
+    "Stop",
     "TenantId",
     "WaitingView",
+    "WorkTotals",
     "admit_waiting",
 ]

@@ -61,3 +61,18 @@ class Move:
     source: InstanceId
     destination: InstanceId
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One more instance should be there, and why. One that drains is taken back first."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """An instance should be drained and then stopped, and why."""
+
+    instance_id: InstanceId
+    reason: str

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from rota.base.instant import Instant
-from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal
-from rota.serving.api.views import ClusterView, EngineView, SequenceView
+from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
+from rota.serving.api.views import ClusterView, EngineView, FleetView, SequenceView
 from rota.serving.model.capabilities import EngineCapabilities
 from rota.serving.model.request import Request, RequestId
 
@@ -181,6 +181,33 @@ class MigrationPolicy(Protocol):
 
         What it sees is late. Before each move the machine looks again: the request must run at the source, and the
         destination be ready. A move that fails this is dropped, with its reason in the counts."""
+        ...
+
+
+@runtime_checkable
+class ScalingPolicy(Protocol):
+    """How many instances there are."""
+
+    requires: EngineCapabilities
+    interval_seconds: float
+    """How often it is asked, in seconds; 0 for never."""
+
+    def plan(self, fleet: FleetView) -> Sequence[Start | Stop]:
+        """What to start and what to stop now. Whatever it needs of the past it remembers itself.
+
+        The machine keeps to the rules of the fleet (`FleetRules`): a wish that would break one is dropped, with its
+        reason in the counts, so a policy may ask again and again. It is asked in regular intervals, if work is there or
+        not; what it sees of instances is as late as their reports."""
+        ...
+
+
+@runtime_checkable
+class DemandPredictor(Protocol):
+    """How much will be wanted, from how much was."""
+
+    def forecast(self, history: Sequence[float], num_ahead: int) -> Sequence[float]:
+        """The next `num_ahead` values of an evenly spaced series of values that are at least 0, the oldest first. May
+        raise on a history that it cannot go by; whoever asked falls back on what was said before."""
         ...
 
 

@@ -1,9 +1,12 @@
 """What a policy may look at. Read-only, and never the truth about the future."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
-from rota.base.instant import Instant
+from rota.base.instant import Duration, Instant
+from rota.serving.model.fleet import StartOffer, StartSource
 from rota.serving.model.instance import InstanceId, InstanceLimits, Role, SequenceReport
 from rota.serving.model.request import Request, RequestId, TenantId
 
@@ -174,3 +177,90 @@ class ClusterView(Protocol):
     @property
     def instances(self) -> Sequence[InstanceView]: ...
     def __iter__(self) -> Iterator[InstanceView]: ...
+
+
+class Heard(StrEnum):
+    """What was heard of a request."""
+
+    FIRST_TOKEN = "first_token"
+    """Its first token passed."""
+    END = "end"
+    """It was answered in full."""
+    LOST = "lost"
+    """It failed, or was refused for want of room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one request, as a client sees it."""
+
+    request: Request
+    what: Heard
+    took: Duration | None = None
+    """To the first token: since arrival. At the end: per token after the first, None where that is not known. For one
+    that was lost: None."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkTotals:
+    """How much work has come and ended since the router began."""
+
+    num_arrived: int = 0
+    num_prompt_tokens: int = 0
+    """Of all that arrived, refused ones included."""
+    num_finished: int = 0
+    num_output_tokens: int = 0
+    """Of those that finished, where the engine said."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartingInstance:
+    """An instance that was ordered and does not take requests yet."""
+
+    id: InstanceId
+    source: StartSource | None
+    """None where the host started it by itself."""
+    ordered_at: Instant
+
+
+class FleetView(ClusterView, Protocol):
+    """The whole fleet. `instances` are those that are ready, and those that drain (`is_draining`), by id."""
+
+    @property
+    def starting(self) -> Sequence[StartingInstance]:
+        """On their way, the oldest order first."""
+        ...
+
+    @property
+    def num_aside(self) -> int:
+        """Instances that are neither ready nor on their way nor about to go: lost and to be restarted, or taken out by
+        hand."""
+        ...
+
+    @property
+    def offers(self) -> Sequence[StartOffer]:
+        """How instances could be started now, and how long each way takes, the quickest first; empty where the host
+        does not know."""
+        ...
+
+    @property
+    def min_instances(self) -> int: ...
+    @property
+    def max_instances(self) -> int: ...
+    @property
+    def num_held(self) -> int:
+        """Requests that no instance could take so far."""
+        ...
+
+    @property
+    def waits(self) -> Sequence[Duration]:
+        """How long each request that has got no token has been there, the oldest first."""
+        ...
+
+    @property
+    def outcomes(self) -> Sequence[Outcome]:
+        """What was heard since the policy was asked last, the oldest first; of very many the newest."""
+        ...
+
+    @property
+    def totals(self) -> WorkTotals: ...

@@ -4,7 +4,18 @@ from collections.abc import Sequence, Set
 
 from rota.base.errors import PolicyError, RotaError
 from rota.base.instant import Instant
-from rota.serving.api import AdmissionPolicy, DispatchPolicy, InstanceView, MigrationPolicy, Move, Pick
+from rota.serving.api import (
+    AdmissionPolicy,
+    DispatchPolicy,
+    FleetView,
+    InstanceView,
+    MigrationPolicy,
+    Move,
+    Pick,
+    ScalingPolicy,
+    Start,
+    Stop,
+)
 from rota.serving.api.decisions import Admission
 from rota.serving.cluster.ledger import ClusterReading
 from rota.serving.model.request import Request, RequestId
@@ -63,6 +74,28 @@ def ask_migration(
         if not move.reason:
             raise _broken(policy, f"would move {move.request_id!r} without a reason", about)
     return moves
+
+
+def ask_scaling(policy: ScalingPolicy, fleet: FleetView) -> Sequence[Start | Stop]:
+    """What to start and to stop now. Whether the rules of the fleet allow it is not looked at here."""
+    about = "how many instances there should be"
+    try:
+        wishes = list(policy.plan(fleet))
+    except RotaError:
+        raise
+    except Exception as error:
+        raise _broken(policy, f"raised {error!r}", about) from error
+    ids = {view.id for view in fleet.instances}
+    for wish in wishes:
+        if not isinstance(wish, Start | Stop):
+            raise _broken(policy, f"answered {wish!r}, which is neither Start nor Stop", about)
+        if isinstance(wish, Stop) and wish.instance_id not in ids:
+            raise _broken(
+                policy, f"would stop {wish.instance_id!r}, which is not among {', '.join(sorted(ids))}", about
+            )
+        if not wish.reason:
+            raise _broken(policy, f"answered {wish!r} without a reason", about)
+    return wishes
 
 
 def _broken(policy: object, what: str, about: str) -> PolicyError:

@@ -44,6 +44,11 @@ class InstanceBook:
         self.max_prompt_anywhere = max(self.max_prompt_anywhere or 0, ledger.max_prompt_tokens)
         self.refresh()
 
+    def keep(self, instance_id: InstanceId) -> None:
+        """An instance that drains is not to be drained after all."""
+        self.ledgers[instance_id].move("kept")
+        self.refresh()
+
     def take_report(self, report: InstanceReport, now: Instant) -> None:
         """Keep a report of an instance that is known. Raises `LawBroken` for one from the future."""
         if report.observed_at > now:

@@ -30,6 +30,20 @@ class InstanceState(StrEnum):
     STOPPED = "stopped"
 
 
+class MemberState(StrEnum):
+    """How an instance belongs to the fleet that is scaled, whatever requests it has."""
+
+    ORDERED = "ordered"
+    """It was asked to start, and has not been ready yet."""
+    SERVING = "serving"
+    """It was ready, and is wanted; it may be lost at times."""
+    LEAVING = "leaving"
+    """It drains, to be stopped when it is empty."""
+    STOPPING = "stopping"
+    """It was told to stop."""
+    GONE = "gone"
+
+
 class MigrationState(StrEnum):
     """How far a move of a running request is. Its source owns it in every state but `COMMITTED`."""
 
@@ -87,6 +101,7 @@ INSTANCE_LIFECYCLE = TransitionTable(
             "started": InstanceState.READY,
             "draining": InstanceState.DRAINING,
             "drained": InstanceState.STOPPED,
+            "kept": InstanceState.READY,
             "lost": InstanceState.LOST,
         },
         InstanceState.LOST: {
@@ -99,7 +114,29 @@ INSTANCE_LIFECYCLE = TransitionTable(
     final=(InstanceState.STOPPED,),
 )
 """`started` on an instance that is not new means that it came back, with nothing cached; `drained` is the router's own
-move when the last request of a draining instance ended."""
+move when the last request of a draining instance ended, and `kept` when one is not to be drained after all."""
+
+MEMBER_LIFECYCLE = TransitionTable(
+    "member",
+    {
+        MemberState.ORDERED: {
+            "started": MemberState.SERVING,
+            "late": MemberState.STOPPING,
+            "gone": MemberState.GONE,
+        },
+        MemberState.SERVING: {"drained": MemberState.LEAVING, "gone": MemberState.GONE},
+        MemberState.LEAVING: {
+            "kept": MemberState.SERVING,
+            "empty": MemberState.STOPPING,
+            "lost": MemberState.STOPPING,
+            "gone": MemberState.GONE,
+        },
+        MemberState.STOPPING: {"gone": MemberState.GONE},
+    },
+    initial=MemberState.ORDERED,
+    final=(MemberState.GONE,),
+)
+"""Only the router moves it: what instances say of themselves is in their own lifecycle."""
 
 MIGRATION_LIFECYCLE = TransitionTable(
     "migration",

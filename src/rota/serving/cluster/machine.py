@@ -8,18 +8,39 @@ events about an attempt that is over are ignored. What it owes while a request m
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import assert_never
 
 from rota.base.errors import ConfigError, LawBroken
 from rota.base.instant import Duration, Instant, after, seconds, to_seconds
-from rota.serving.api import AdmissionPolicy, DispatchPolicy, InstanceView, MigrationPolicy, Move, Pick
-from rota.serving.cluster.answers import ask_admission, ask_dispatch, ask_migration
+from rota.serving.api import (
+    AdmissionPolicy,
+    DispatchPolicy,
+    FleetRules,
+    InstanceView,
+    MigrationPolicy,
+    Pick,
+    ScalingPolicy,
+)
+from rota.serving.cluster.answers import ask_admission, ask_dispatch
 from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, InstanceState, RequestState
 from rota.serving.cluster.migration import Cause, MigrationBook, MigrationCounts, MigrationLimits
+from rota.serving.cluster.migration_rounds import MigrationRounds
 from rota.serving.cluster.prefix_index import PrefixIndex
+from rota.serving.cluster.retries import RetryRule
+from rota.serving.cluster.scaling import FleetBook
 from rota.serving.cluster.tracked import ClusterCounts, TrackedRequest
-from rota.serving.model.commands import Abort, ClusterCommand, Dispatch, Fail, Hold, Reject
+from rota.serving.model.commands import (
+    Abort,
+    ClusterCommand,
+    Dispatch,
+    DrainInstance,
+    Fail,
+    Hold,
+    KeepInstance,
+    Reject,
+)
 from rota.serving.model.events import (
     ClientLeft,
     ClusterEvent,
@@ -31,11 +52,15 @@ from rota.serving.model.events import (
     InstanceLost,
     InstanceReported,
     InstanceStarted,
+    InstanceStarting,
+    InstanceStopped,
     MigrationFailed,
     RequestArrived,
     RequestFailed,
     RequestFinished,
     RoomReserved,
+    ScalingDue,
+    StartFailed,
 )
 from rota.serving.model.instance import InstanceId, InstanceSpec
 from rota.serving.model.request import Request, RequestId
@@ -61,6 +86,8 @@ class ClusterMachine:
       `RequestFailed`. Facts about a request that still crossed the loss (it had finished after all) are believed.
       `InstanceStarted` for an instance that is known means that it came back with nothing cached. A lost or draining
       instance is forgotten when its last request ended.
+    * **Scaling.** When it is due, the scaling policy is asked, and what the rules of the fleet allow is done: see
+      `rota.serving.cluster.scaling`.
     * **Accounting.** A request counts with its prompt tokens from dispatch to first token, then with 1 until it ends.
 
     Raises `LawBroken` when the host breaks its side: an id that is unfinished or ended recently arrives again (law 1:
@@ -85,27 +112,19 @@ class ClusterMachine:
         max_resumptions: int = 3,
         max_resuming_per_instance: int = 8,
         patience: Duration = seconds(600),
+        scaling: ScalingPolicy | None = None,
+        fleet: FleetRules = FleetRules(),
     ) -> None:
         """`retry_after` is what a client is told when no instance could take its request. `num_recent` is how many
         ended requests are remembered to recognise an id that arrives again. Without `prefix_index` no instance has
         prefixes."""
-        if max_attempts < 1:
-            raise ConfigError(f"max_attempts must be at least 1, not {max_attempts}")
-        if max_queued < 0:
-            raise ConfigError(f"max_queued must be at least 0 requests, not {max_queued}")
-        if max_resumptions < 0:
-            raise ConfigError(f"max_resumptions must be at least 0, not {max_resumptions}")
-        if max_resuming_per_instance < 1:
-            raise ConfigError(f"max_resuming_per_instance must be at least 1, not {max_resuming_per_instance}")
+        bounds = {"max_queued": (max_queued, 0), "max_resuming_per_instance": (max_resuming_per_instance, 1)}
+        for name, (value, least) in bounds.items():
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, not {value}")
         self._dispatch_policy = dispatch
         self._admission_policy = admission
-        self._migration_policy = migration
-        self._ask_every = Duration(0) if migration is None else seconds(migration.interval_seconds)
-        self.reads_sequences = bool(self._ask_every or getattr(dispatch, "reads_sequences", False))
-        """Whether a policy looks at who runs and who waits at an instance, so that reports should tell."""
-        self._patience = patience
-        self._max_attempts = max_attempts
-        self._max_resumptions = max_resumptions
+        self._retries = RetryRule(max_attempts, max_resumptions)
         self._max_resuming = max_resuming_per_instance
         self._max_queued = max_queued
         self._hold_timeout = hold_timeout
@@ -123,8 +142,13 @@ class ClusterMachine:
 
         self._instances = InstanceBook(prefix_index)
         self._migrations = MigrationBook(self._instances, migration_limits)
-        self._ask_at: Instant | None = None
-        self._progressed_at = Instant(0)
+        self._rounds = MigrationRounds(migration, self._instances, self._migrations, patience)
+        readers = any(getattr(policy, "reads_sequences", False) for policy in (dispatch, scaling))
+        self.reads_sequences = bool(self._rounds.ask_every or readers)
+        """Whether a policy looks at who runs and who waits at an instance, so that reports should tell."""
+        is_scaled = scaling is not None and scaling.interval_seconds > 0
+        self.fleet = FleetBook(scaling, fleet, self._instances) if scaling is not None and is_scaled else None
+        """The instances as they are scaled, to be read; None where nobody scales them."""
 
     # --- the machine protocol ----------------------------------------------------------------------------------------
 
@@ -135,10 +159,9 @@ class ClusterMachine:
             self._instances.is_place_free = False
             if self._held:
                 commands = [*commands, *self._dispatch_held(now)]
-        if self._ask_every:
-            if not isinstance(event, _NO_PROGRESS):
-                self._progressed_at = now
-            self._keep_asking(now)
+        if self.fleet is not None:
+            commands = [*commands, *self.fleet.heard(event, now)]
+        self._rounds.keep_asking(event, bool(self._requests), now)
         return commands
 
     def _take(self, event: ClusterEvent, now: Instant) -> Sequence[ClusterCommand]:
@@ -150,12 +173,16 @@ class ClusterMachine:
                 if tracked is not None and tracked.state == RequestState.ASSIGNED:
                     tracked.move("first_token")
                     self._instances.first_token(tracked)
+                    if self.fleet is not None:
+                        self.fleet.demand.first_token(tracked.request, now)
                 return ()
             case RequestFinished():
                 tracked = self._owned(event.request_id, event.instance_id)
                 if tracked is None:
                     return ()
                 commands = self._migrations.abort_of(event.request_id, Cause.REQUEST_ENDED, "it ended at its source")
+                if self.fleet is not None:
+                    self.fleet.demand.finished(tracked.request, event.num_output_tokens, now)
                 self._end(tracked, "finished")
                 return commands
             case RequestFailed():
@@ -173,20 +200,26 @@ class ClusterMachine:
                 return self._instance_left(event.instance_id, "draining")
             case RoomReserved() | CopyStarted() | CopyCaughtUp() | HandedOver() | MigrationFailed():
                 return self._migrations.take(event, now)
+            case ScalingDue():
+                return self._scale(event, now)
+            case InstanceStopped():
+                return self._instance_left(event.instance_id, "lost")
+            case InstanceStarting() | StartFailed():
+                return ()  # The fleet hears it.
             case _:
                 assert_never(event)
 
     def next_deadline(self) -> Instant | None:
         held_at = next(iter(self._held.values()), None)
-        if not self._ask_every:
+        if not self._rounds.ask_every:
             return held_at
-        deadlines = (held_at, self._migrations.next_deadline(), self._ask_at)
+        deadlines = (held_at, self._migrations.next_deadline(), self._rounds.ask_at)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def expire(self, now: Instant) -> Sequence[ClusterCommand]:
         self._advance(now)
         # First, so that a policy that raises leaves no trace but that it was asked.
-        moves = self._ask_what_to_move(now)
+        moves = self._rounds.ask(now)
         commands = self._migrations.expire(now)
         overdue = []
         for request_id, deadline_at in self._held.items():
@@ -199,8 +232,9 @@ class ClusterMachine:
             begun = self._migrations.begin(move, self._requests.get(move.request_id), now)
             if begun is not None:
                 commands.append(begun)
-        if self._ask_every:
-            self._keep_asking(now)
+        if self.fleet is not None:
+            commands += self.fleet.heard(None, now)
+        self._rounds.keep_asking(None, bool(self._requests), now)
         return commands
 
     def check(self) -> None:
@@ -211,6 +245,8 @@ class ClusterMachine:
             raise LawBroken(f"law 1: {counts.num_arrived} requests arrived, but {counts} does not add up to that")
         self._instances.check(self._requests, counts.num_assigned + counts.num_running)
         self._migrations.check(self._requests)
+        if self.fleet is not None:
+            self.fleet.check()
         self._check_bounds()
 
     def unfinished(self) -> Sequence[RequestId]:
@@ -220,20 +256,8 @@ class ClusterMachine:
 
     def counts(self) -> ClusterCounts:
         """The requests by state; O(unfinished)."""
-        num_in = dict.fromkeys(RequestState, 0)
-        for tracked in self._requests.values():
-            num_in[RequestState(tracked.state)] += 1
-        return ClusterCounts(
-            num_arrived=self._num_arrived,
-            num_queued=num_in[RequestState.QUEUED],
-            num_assigned=num_in[RequestState.ASSIGNED],
-            num_running=num_in[RequestState.RUNNING],
-            num_finished=self._num_ended[RequestState.FINISHED],
-            num_rejected=self._num_ended[RequestState.REJECTED],
-            num_failed=self._num_ended[RequestState.FAILED],
-            num_aborted=self._num_ended[RequestState.ABORTED],
-            num_resumed=self._num_resumed,
-        )
+        states = (tracked.state for tracked in self._requests.values())
+        return ClusterCounts.of(states, self._num_ended, self._num_arrived, self._num_resumed)
 
     def migration_counts(self) -> MigrationCounts:
         """How many migrations were begun, committed and given up, and how many moves were dropped."""
@@ -273,6 +297,8 @@ class ClusterMachine:
 
         self._num_arrived += 1
         self._requests[request.id] = tracked
+        if self.fleet is not None:
+            self.fleet.demand.arrived(request)
         if refusal is not None:
             self._end(tracked, "rejected")
             return (refusal,)
@@ -310,9 +336,9 @@ class ClusterMachine:
         reason = pick.reason
         if tracked.failures:
             failed_on, why = tracked.failures[-1]
-            of_all = f"attempt {tracked.num_attempts} of {self._max_attempts}"
+            of_all = f"attempt {tracked.num_attempts} of {self._retries.max_attempts}"
             if tracked.num_resumptions:
-                times = f"resumption {tracked.num_resumptions} of {self._max_resumptions}"
+                times = f"resumption {tracked.num_resumptions} of {self._retries.max_resumptions}"
                 of_all = f"{times}, after {tracked.num_output_tokens} tokens"
             reason = f"{of_all}, since {failed_on} failed ({why}): {reason}"
         admission, tracked.admission = tracked.admission, ""
@@ -339,7 +365,7 @@ class ClusterMachine:
     def _dispatch_held(self, now: Instant) -> list[ClusterCommand]:
         """Dispatch what is held and can go now, by class and arrival; refuse what turns out to fit nowhere."""
         commands: list[ClusterCommand] = []
-        for tracked in sorted((self._requests[request_id] for request_id in self._held), key=_hold_order):
+        for tracked in sorted((self._requests[request_id] for request_id in self._held), key=attrgetter("hold_order")):
             candidates = self._candidates(tracked)
             if candidates:
                 pick = ask_dispatch(self._dispatch_policy, tracked.request, candidates, now)
@@ -355,7 +381,7 @@ class ClusterMachine:
         if tracked is None:
             return ()
         commands = self._migrations.abort_of(event.request_id, Cause.REQUEST_FAILED, "its source failed it")
-        refusal = self._refusal_to_go_on(tracked, event)
+        refusal = self._retries.refusal(tracked, event, self._instances.max_prompt_anywhere or 0)
         if refusal is not None:
             return [*commands, self._fail(tracked, refusal)]
         tracked.num_output_tokens = max(tracked.num_output_tokens, event.num_output_tokens or 0)
@@ -373,27 +399,6 @@ class ClusterMachine:
         pick = ask_dispatch(self._dispatch_policy, tracked.request, candidates, now)
         del self._held[tracked.request.id]
         return [*commands, self._dispatch(tracked, pick)]
-
-    def _refusal_to_go_on(self, tracked: TrackedRequest, event: RequestFailed) -> str | None:
-        """Why a failed attempt was the last one; None if there may be another. Notes the failure."""
-        why = event.reason or "no reason given"
-        failure = f"{event.instance_id}: {why}"
-        num_tokens = event.num_output_tokens
-        is_running = tracked.state == RequestState.RUNNING
-        if is_running and (num_tokens is None or not event.retryable or not tracked.request.movable):
-            return f"the instance failed after the first token ({failure})"
-        if not event.retryable:
-            return f"the instance refused the request ({failure})"
-        tracked.failures += ((event.instance_id, why),)
-        if not is_running:
-            is_last = tracked.num_attempts - tracked.num_resumptions >= self._max_attempts
-            return f"all {tracked.num_attempts} attempts failed" if is_last else None
-        if tracked.num_resumptions >= self._max_resumptions:
-            return f"it was resumed {tracked.num_resumptions} times, and failed again"
-        known = tracked.request.num_prompt_tokens + (num_tokens or 0)
-        if known > (self._instances.max_prompt_anywhere or 0):
-            return f"no instance can go on with {known} tokens"
-        return None
 
     def _client_left(self, request_id: RequestId) -> Sequence[ClusterCommand]:
         tracked = self._requests.get(request_id)
@@ -426,6 +431,8 @@ class ClusterMachine:
         """The one way out: take the last step of the lifecycle and forget the request, but for its id."""
         request_id = tracked.request.id
         tracked.move(event)
+        if self.fleet is not None:
+            self.fleet.demand.ended(tracked.request, is_lost=event in ("rejected", "failed"))
         self._num_ended[tracked.state] += 1
         self._instances.release(tracked)
         self._held.pop(request_id, None)
@@ -437,6 +444,8 @@ class ClusterMachine:
     # --- instances ---------------------------------------------------------------------------------------------------
 
     def _instance_started(self, spec: InstanceSpec, now: Instant) -> Sequence[ClusterCommand]:
+        if self.fleet is not None and self.fleet.is_unwanted(spec.id):
+            return ()
         # One that came back has nothing of what was on its way from it or to it.
         commands = self._migrations.abort_at(spec.id, f"{spec.id} started anew", as_source=True)
         self._instances.start(spec, now)
@@ -454,21 +463,20 @@ class ClusterMachine:
         self._instances.forget_if_over(ledger)
         return commands
 
-    # --- migrations --------------------------------------------------------------------------------------------------
-
-    def _ask_what_to_move(self, now: Instant) -> Sequence[Move]:
-        if self._migration_policy is None or self._ask_at is None or self._ask_at > now:
+    def _scale(self, due: ScalingDue, now: Instant) -> Sequence[ClusterCommand]:
+        if self.fleet is None:
             return ()
-        self._ask_at = None
-        return ask_migration(self._migration_policy, self._instances.open_views, self._migrations.moving, now)
+        commands: list[ClusterCommand] = []
+        for command in self.fleet.look(due, self._requests.values(), now):
+            commands.append(command)
+            if isinstance(command, DrainInstance):
+                commands += self._instance_left(command.instance_id, "draining")
+            elif isinstance(command, KeepInstance):
+                self._instances.keep(command.instance_id)
+                commands += self._dispatch_held(now)
+        return commands
 
-    def _keep_asking(self, now: Instant) -> None:
-        """Arm the timer of the migration policy while there is something to move and somewhere to move it."""
-        is_wanted = self._requests and len(self._instances.open_views) > 1
-        if not is_wanted or now - self._progressed_at > self._patience:
-            self._ask_at = None
-        elif self._ask_at is None:
-            self._ask_at = after(now, self._ask_every)
+    # --- migrations --------------------------------------------------------------------------------------------------
 
     # --- laws --------------------------------------------------------------------------------------------------------
 
@@ -487,12 +495,3 @@ class ClusterMachine:
             raise LawBroken(f"law 12: {num_new} arrivals are held, {self._max_queued} may be")
         if len(self._recent) > self._num_recent:
             raise LawBroken(f"law 12: {len(self._recent)} ended requests are remembered, {self._num_recent} may be")
-
-
-_NO_PROGRESS = (InstanceReported, RoomReserved, CopyStarted, CopyCaughtUp, HandedOver, MigrationFailed)
-"""Facts that may come for ever although no request comes any further."""
-
-
-def _hold_order(tracked: TrackedRequest) -> tuple[int, bool, Instant, RequestId]:
-    """By class; in a class those whose clients have got something already, then by arrival."""
-    return tracked.request.priority, tracked.num_resumptions == 0, tracked.request.arrived_at, tracked.request.id

@@ -1,10 +1,13 @@
 """What the router notes about one request, and how many requests it has in each state."""
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE
+from rota.base.instant import Instant
+from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, RequestState
 from rota.serving.model.instance import InstanceId
-from rota.serving.model.request import Request
+from rota.serving.model.request import Request, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,24 @@ class ClusterCounts:
     num_aborted: int
     num_resumed: int = 0
     """Attempts that went on elsewhere after the client had got tokens."""
+
+    @classmethod
+    def of(
+        cls, states: Iterable[str], num_ended: Mapping[str, int], num_arrived: int, num_resumed: int
+    ) -> "ClusterCounts":
+        """The counts from the states of those who are unfinished."""
+        num_in = Counter(states)
+        return cls(
+            num_arrived=num_arrived,
+            num_queued=num_in[RequestState.QUEUED],
+            num_assigned=num_in[RequestState.ASSIGNED],
+            num_running=num_in[RequestState.RUNNING],
+            num_finished=num_ended[RequestState.FINISHED],
+            num_rejected=num_ended[RequestState.REJECTED],
+            num_failed=num_ended[RequestState.FAILED],
+            num_aborted=num_ended[RequestState.ABORTED],
+            num_resumed=num_resumed,
+        )
 
 
 class TrackedRequest:
@@ -53,6 +74,11 @@ class TrackedRequest:
     def num_tokens(self) -> int:
         """What an instance has to compute before the next token, if nothing of it is cached there."""
         return self.request.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def hold_order(self) -> tuple[int, bool, Instant, RequestId]:
+        """By class; in a class those whose clients have got something already, then by arrival."""
+        return self.request.priority, self.num_resumptions == 0, self.request.arrived_at, self.request.id
 
     def move(self, event: str) -> None:
         self.state = REQUEST_LIFECYCLE.move(self.state, event)

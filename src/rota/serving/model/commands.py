@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from rota.base.instant import Duration
+from rota.serving.model.fleet import StartSource
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import RequestId
 
@@ -196,4 +197,49 @@ class AbortMigration(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-ClusterCommand = Dispatch | Hold | Reject | Abort | Fail | Migrate | CopyOut | HandOver | Commit | AbortMigration
+class StartInstance(msgspec.Struct, frozen=True, tag=True):
+    """Start one more instance, under this id, which was never used before. Ends in `InstanceStarted` or
+    `StartFailed`. A host that has no more of that source takes its next best."""
+
+    instance_id: InstanceId
+    source: StartSource
+    reason: str
+
+
+class DrainInstance(msgspec.Struct, frozen=True, tag=True):
+    """An instance is given no new requests, and what can move goes elsewhere. The host has nothing to do."""
+
+    instance_id: InstanceId
+    reason: str
+
+
+class KeepInstance(msgspec.Struct, frozen=True, tag=True):
+    """An instance that was to be drained is wanted after all. The host has nothing to do."""
+
+    instance_id: InstanceId
+    reason: str
+
+
+class StopInstance(msgspec.Struct, frozen=True, tag=True):
+    """Stop an instance for good: it has no requests, or is lost, or did not get ready. Ends in `InstanceStopped`."""
+
+    instance_id: InstanceId
+    reason: str
+
+
+ClusterCommand = (
+    Dispatch
+    | Hold
+    | Reject
+    | Abort
+    | Fail
+    | Migrate
+    | CopyOut
+    | HandOver
+    | Commit
+    | AbortMigration
+    | StartInstance
+    | DrainInstance
+    | KeepInstance
+    | StopInstance
+)

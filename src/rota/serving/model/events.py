@@ -3,6 +3,7 @@
 import msgspec
 
 from rota.base.instant import Duration
+from rota.serving.model.fleet import StartOffer
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 
@@ -191,6 +192,32 @@ class MigrationFailed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class ScalingDue(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """It is time to see how many instances there should be; told every `ClusterMachine.scale_every`."""
+
+    offers: tuple[StartOffer, ...] = ()
+    """How instances could be started now, the quickest first."""
+
+
+class InstanceStarting(msgspec.Struct, frozen=True, tag=True):
+    """The host starts an instance by itself, which need not be ordered any more."""
+
+    instance_id: InstanceId
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """An instance that was to be started will not come."""
+
+    instance_id: InstanceId
+    reason: str
+
+
+class InstanceStopped(msgspec.Struct, frozen=True, tag=True):
+    """An instance is gone for good, whether it was told to stop or not; its requests were reported before."""
+
+    instance_id: InstanceId
+
+
 ClusterEvent = (
     RequestArrived
     | FirstTokenSeen
@@ -206,4 +233,8 @@ ClusterEvent = (
     | CopyCaughtUp
     | HandedOver
     | MigrationFailed
+    | ScalingDue
+    | InstanceStarting
+    | StartFailed
+    | InstanceStopped
 )
