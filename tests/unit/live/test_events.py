@@ -52,7 +52,7 @@ def state(reader: EventReader, resumption: Resumption) -> tuple[object, ...]:
 
 
 texts = st.text(max_size=6) | st.sampled_from(['"', "\\", WITHIN, "\n", "é", "\U0001f600"])
-plain = st.tuples(texts, st.lists(st.integers(0, 2**40), min_size=1, max_size=2), st.just({}))
+plain = st.tuples(texts, st.lists(st.integers(0, 10**19), min_size=1, max_size=2), st.just({}))
 ended = st.tuples(texts, st.lists(st.integers(0, 9), max_size=2), st.just({"finish_reason": "stop"}))
 odd = st.tuples(texts | st.none(), st.none() | st.lists(st.integers(0, 9), max_size=3), st.just({"stop_reason": None}))
 broken = st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=4))
@@ -66,6 +66,7 @@ broken = st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=4))
     st.dictionaries(st.integers(1, 11), broken, max_size=2),
 )
 @example([("a", [1], {}), ("b", [2], {"finish_reason": "stop"}), ("c", [3], {})], True, False, True, {})
+@example([("a", [10**18 - 1], {}), ("b", [10**18 - 1], {}), ("c", [10**18], {})], True, False, True, {})
 @example([("a", [1], {}), ("", [2], {}), ("b", [3], {})], True, False, True, {})
 @example([("a", [1], {}), ("b", [2], {}), ("c", [3], {})], True, False, True, {2: (95, b"\xff")})
 @example([("a", [1], {}), ("b", [2], {}), ("c", [3], {})], True, False, True, {2: (6, b"[")})

@@ -26,14 +26,14 @@ _CHARACTERS = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\
 """What a JSON string has between its quotation marks."""
 _ID = rb"(0|[1-9][0-9]{0,17})"
 """A token id: an integer of no more than 64 bits."""
-_PADDED_NULLS = tuple(b"null" + b" " * num_blanks for num_blanks in range(16))
+_PADDED_NULLS = tuple(b"null" + b" " * num_blanks for num_blanks in range(17))
 _frame_of = re.compile(
     rb'(data: \{.*?"(?:content|text)":")' + _CHARACTERS + rb'("[^\[\]]*,"token_ids":)\[' + _ID + rb"\](.*)", re.DOTALL
 ).fullmatch
 
 
 @functools.lru_cache(maxsize=64)
-def _plain_end(between: bytes, after: bytes) -> Callable[[bytes, int], re.Match[bytes] | None]:
+def _plain_end(between: bytes, after: bytes) -> Callable[[bytes, int, int], re.Match[bytes] | None]:
     """Finds the list of ids and the id, where there is some text and then these."""
     ids = rb"(\[" + _ID + rb"\])"
     return re.compile(b'(?!")' + _CHARACTERS + re.escape(between) + ids + re.escape(after) + rb"\Z").match
@@ -108,12 +108,16 @@ class EventReader:
         out: list[bytes] = []
         try:
             for event in events:
+                known = self._known(event, 0, len(event))
+                if known is not None:
+                    out += (known, b"\n\n")
+                    continue
                 out.append(self._take(event))
+                self._is_unsettled = bool(self._held or self._held_ids or self._resumption.has_finished)
             if len(self._rest) > _EVENT_BYTES_MAX:
                 raise EngineError(f"an event of the stream exceeds {_EVENT_BYTES_MAX} bytes")
         except EngineError as error:
             self.broken = error.message
-        self._is_unsettled = bool(self._rest or self._held or self._held_ids or self._resumption.has_finished)
         return out[0] if len(out) == 1 else b"".join(out)
 
     @property
@@ -122,33 +126,38 @@ class EventReader:
         return self._before is not None
 
     def glance(self, chunk: bytes) -> bytes | None:
-        """What the client gets for an HTTP/1.1 chunk that is one event like those before it, but for its text and its
-        one token id. None, and nothing is changed, if it is anything else: then it has to be parsed, and `feed`.
+        """What the client gets for an HTTP/1.1 chunk that is one plain event. None, and nothing is changed, if it is
+        anything else: then it has to be parsed, and `feed`."""
+        if self._rest or not chunk.endswith(b"\n\n\r\n"):
+            return None
+        at = chunk.find(b"\r\n") + 2
+        out = self._known(chunk, at, len(chunk) - 4)
+        if out is None or len(out) == len(chunk):
+            return out
+        return b"%x\r\n%b" % (len(out) - at - 2, out[at:])
+
+    def _known(self, data: bytes, at: int, end: int) -> bytes | None:
+        """The data without the ids, if what lies there is a plain event: one like those before it, but for its text and
+        its one token id. None, and nothing is changed, if it is anything else.
 
         Nearly all events of a stream are such. That they are is as sure as if their JSON were decoded."""
         before = self._before
-        if before is None or self._is_unsettled:
+        if before is None or self._is_unsettled or not data.startswith(before, at):
             return None
-        at = chunk.find(b"\r\n") + 2
-        if not chunk.startswith(before, at):
-            return None
-        plain = self._plain_end(chunk, at + len(before))
+        plain = self._plain_end(data, at + len(before), end)
         if plain is None:
             return None
-        if not chunk.isascii():
+        if not data.isascii():
             try:
-                chunk.decode()
+                data.decode()
             except UnicodeDecodeError:
                 return None
         self._resumption.output_token_ids.append(int(plain[2]))
         if not self._strip:
-            return chunk
+            return data
         ids_at, end_at = plain.span(1)
-        num_blanks = end_at - ids_at - 4
-        if num_blanks >= 0:  # As long as the ids were, so that the size of the chunk is right.
-            return chunk[:ids_at] + _PADDED_NULLS[num_blanks] + chunk[end_at:]
-        event = b"%bnull%b" % (chunk[at:ids_at], chunk[end_at:-2])
-        return b"%x\r\n%b\r\n" % (len(event), event)
+        # If it can be, as long as the ids were, so that the size of a chunk stays right.
+        return data[:ids_at] + _PADDED_NULLS[max(0, end_at - ids_at - 4)] + data[end_at:]
 
     def end(self) -> None:
         """The connection ended in good order: the stream must have, too."""
@@ -208,7 +217,7 @@ class EventReader:
         if self._before is None and not self._goes_on and choice.finish_reason is None:
             plain = _frame_of(event)
             if plain is not None:
-                self._before, self._plain_end = plain[1], _plain_end(plain[2], plain[4] + b"\n\n\r\n")
+                self._before, self._plain_end = plain[1], _plain_end(plain[2], plain[4])
         event = self._forward(event)
         if not text and choice.finish_reason is None:
             self._held.append(event)
