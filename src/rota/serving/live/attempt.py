@@ -235,7 +235,7 @@ class Attempt:
 
 
 class FollowedAttempt(Attempt):
-    """An attempt whose stream is read event by event, so that another can go on where it ends. It may be such another
+    """An attempt whose stream is followed event by event, so that another can go on where it ends. It may be such another
     itself; then the client has heard the beginning."""
 
     __slots__ = ("_reader", "_resumption", "_stopped_at", "on_first")
