@@ -8,8 +8,8 @@ and decide nothing. Counted is the time that the router's threads spent on a cor
 included, which a busy machine disturbs less than requests per second. `stream_64` sends 64 events, each in a write and
 a wake-up of its own, so nothing is coalesced unless the router falls behind; `stream_64_paced` sends one every 2 ms, as
 engines do, and so costs the router 64 wake-ups, shared by the streams that run beside it. `rota` passes streams on
-unread; `rota_following` keeps the token ids of each, so that a stream could go on at another engine. Every figure is the median of
-the rounds, with the lowest and the highest beside it.
+unread; `rota_following` keeps the token ids of each, so that a stream could go on at another engine. Every figure is
+the median of the rounds, with the lowest and the highest beside it.
 """
 
 import argparse

@@ -235,8 +235,8 @@ class Attempt:
 
 
 class FollowedAttempt(Attempt):
-    """An attempt whose stream is followed event by event, so that another can go on where it ends. It may be such another
-    itself; then the client has heard the beginning."""
+    """An attempt whose stream is followed event by event, so that another can go on where it ends. It may be such
+    another itself; then the client has heard the beginning."""
 
     __slots__ = ("_reader", "_resumption", "_stopped_at", "on_first")
 
