@@ -1,7 +1,7 @@
 """One simulated engine as a server of its own: `python -m rota.serving.frontdoor.simulated_server --port 8001`.
 
-It has the surface of an OpenAI server (chat, completions, models, health, metrics under vLLM's names), so that routers
-and clients can be tried against processes that can be killed.
+It has the surface of a vLLM server (chat, completions, models, health, version, metrics), with token ids on request and
+prompts given as such, so that routers and clients can be tried against processes that can be killed.
 """
 
 import argparse
@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from rota.base.errors import ConfigError
+from rota.base.errors import ConfigError, RotaError
+from rota.base.instant import Duration
 from rota.runtime.clocks import SystemClock
 from rota.runtime.live import LiveLoop
 from rota.serving.api import StepTimePredictor
@@ -24,8 +25,11 @@ from rota.serving.frontdoor.problems import Problem
 from rota.serving.live.simulated import SimulatedEngine, simulated_engines
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.predictors.step_time.affine import AffineStepTime
-from rota.serving.stack import StackConfig
+from rota.serving.predictors.step_time.profiles import load_profile
+from rota.serving.stack import StackConfig, load_stack
 
+_SPOKEN_VERSION = b"0.32.0"
+"""Whose shape its answers have: from this vLLM on, streams go on elsewhere from token ids."""
 _JSON: Headers = [(b"content-type", b"application/json")]
 
 
@@ -41,6 +45,7 @@ class SimulatedServer:
             "/health": lambda: (_JSON, b"{}"),
             "/v1/models": self._models,
             "/metrics": self._metrics,
+            "/version": lambda: (_JSON, b'{"version":"%b"}' % _SPOKEN_VERSION),
         }
 
     def _handle(self, exchange: Exchange) -> None:
@@ -121,24 +126,37 @@ class _Conversation:
 
 
 def build_server(
-    instance_id: InstanceId, limits: InstanceLimits, stack: StackConfig, step_time: StepTimePredictor, seed: int
+    instance_id: InstanceId,
+    limits: InstanceLimits,
+    stack: StackConfig,
+    step_time: StepTimePredictor,
+    seed: int,
+    *,
+    step_overhead: Duration = Duration(0),
 ) -> SimulatedServer:
     """A server around one fresh simulated engine; it listens once its `server.start` is awaited."""
     config = SystemConfig(stack=stack, instances=(InstanceSpec(instance_id, limits),), seed=seed)
     loop = LiveLoop(SystemClock())
-    (engine,) = simulated_engines(loop, build(config), config, step_time)
+    (engine,) = simulated_engines(loop, build(config), config, step_time, step_overhead=step_overhead)
     return SimulatedServer(engine, loop, name=instance_id)
+
+
+def _server_of(arguments: argparse.Namespace) -> SimulatedServer:
+    stack = StackConfig(order=arguments.order, batch=arguments.batch)
+    if arguments.stack is not None:
+        stack = load_stack(arguments.stack)
+    name, seed = InstanceId(arguments.name), arguments.seed
+    if arguments.profile is None:
+        limits = InstanceLimits(num_blocks=arguments.num_blocks)
+        return build_server(name, limits, stack, AffineStepTime(base_ms=arguments.step_ms), seed)
+    profile = load_profile(arguments.profile)
+    overhead = profile.step_overhead()
+    return build_server(name, profile.instance_limits(), stack, profile.predictor(), seed, step_overhead=overhead)
 
 
 async def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM."""
-    server = build_server(
-        InstanceId(arguments.name),
-        InstanceLimits(num_blocks=arguments.num_blocks),
-        StackConfig(order=arguments.order, batch=arguments.batch),
-        AffineStepTime(base_ms=arguments.step_ms),
-        arguments.seed,
-    )
+    server = _server_of(arguments)
     try:
         await server.server.start(arguments.host, arguments.port)
     except OSError as error:
@@ -159,13 +177,15 @@ def main() -> None:
     parser.add_argument("--name", default="sim")
     parser.add_argument("--num-blocks", type=int, default=4096)
     parser.add_argument("--step-ms", type=float, default=11.5, help="time of a step that does almost nothing")
+    parser.add_argument("--profile", help="model and accelerator, in place of --num-blocks and --step-ms")
+    parser.add_argument("--stack", help="stack file, in place of --order and --batch")
     parser.add_argument("--order", default="fcfs")
     parser.add_argument("--batch", default="vllm_default")
     parser.add_argument("--seed", type=int, default=0)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(run(parser.parse_args()))
-        except ConfigError as error:
+        except RotaError as error:
             parser.exit(2, f"error: {error.message}\n")
 
 

@@ -1,9 +1,10 @@
 """The simulated engine at the pace of real time: an instance machine on the live loop, with steps as long as a profile
 says.
 
-It needs no model. An answer is made of placeholder words, one a token, the same for the same request id; its length is
+It needs no model. An answer is made of placeholder words, one a token, the same for the same prompt; its length is
 drawn from a seeded stream and bounded by what the client asked for. Answers have the shape that an OpenAI server gives
-them.
+them, or vLLM, where token ids are asked for or given. So an answer can go on at another such engine; how long the rest
+is, is drawn anew there, but for those that are as long as they may be (`ignore_eos`).
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from rota.serving.api import StepTimePredictor
 from rota.serving.assemble import System, SystemConfig, instance_name
 from rota.serving.engines.engine import AnswerSink, EngineCall, EngineStatus
 from rota.serving.instance.machine import InstanceMachine
-from rota.serving.live.placeholder import Placeholder
+from rota.serving.live.placeholder import Placeholder, prompt_ids
 from rota.serving.model.capabilities import Capability
 from rota.serving.model.commands import InstanceCommand, RejectSequence, RunStep
 from rota.serving.model.events import SequenceAborted, SequenceArrived, StepFinished
@@ -31,7 +32,7 @@ _CATCH_UP_SECONDS = 0.05
 """A step that ends late, as timers do, shortens the next by up to so much: the pace is kept, not each step."""
 
 _NOT_LIVE = {Capability.RESUME_FROM_TOKENS, Capability.HAND_OVER_KV, Capability.COPY_KV}
-"""What its machine could do, and the answers that it speaks could not: they are text, without tokens or blocks."""
+"""What its machine could do, and an engine inside the router does not: it is lost with it, and has no blocks."""
 
 _MEDIAN_TOKENS = 128
 _SIGMA = 0.7
@@ -43,13 +44,30 @@ class _Wishes(msgspec.Struct):
     class StreamOptions(msgspec.Struct):
         include_usage: bool | None = None
 
+    class Transfer(msgspec.Struct):
+        prompt_token_ids: list[int] | None = None
+
     model: str | None = None
     n: int | float | None = None
     ignore_eos: bool | None = None
     stream_options: StreamOptions | None = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    kv_transfer_params: Transfer | None = None
+    return_token_ids: bool | None = None
+
+    def given_ids(self) -> list[int] | None:
+        """The prompt, where it comes as token ids: that of a chat as one engine hands it on to another."""
+        if self.kv_transfer_params is not None:
+            return self.kv_transfer_params.prompt_token_ids
+        try:
+            return _ids(self.prompt) if self.prompt else None
+        except msgspec.DecodeError:
+            return None
 
 
 _wishes = msgspec.json.Decoder(_Wishes).decode
+_ids = msgspec.json.Decoder(list[int]).decode
 
 
 class _Speaker:
@@ -161,6 +179,10 @@ class SimulatedEngine:
             return
         request = call.request
         wishes = _wishes(call.body)
+        given_ids = wishes.given_ids()
+        if given_ids:
+            request = msgspec.structs.replace(request, num_prompt_tokens=len(given_ids))
+        prompt = given_ids or prompt_ids(bytes(wishes.messages or wishes.prompt), request.num_prompt_tokens)
         num_tokens = self._draw_length(request, bool(wishes.ignore_eos))
         placeholder = Placeholder(
             request.id,
@@ -170,6 +192,9 @@ class SimulatedEngine:
             num_prompt_tokens=request.num_prompt_tokens,
             finish_reason="length" if num_tokens >= request.max_tokens else "stop",
             include_usage=bool(wishes.stream_options and wishes.stream_options.include_usage),
+            prompt=prompt,
+            goes_on=bool(given_ids),
+            tells_ids=bool(wishes.return_token_ids),
         )
         self._speakers[request.id] = _Speaker(call, sink, placeholder, num_tokens)
         self._loop.submit(self._name, SequenceArrived(request))
