@@ -1,7 +1,7 @@
 """What the live host asks of an engine, whatever it is made of. `rota.testing.engine.check_engine` proves it."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -107,4 +107,22 @@ class Engine(Protocol):
 
     def pause(self, request_id: RequestId, paused: bool) -> None:
         """Hold an answer back while its client reads too slowly, or let it go on. An engine may ignore it."""
+        ...
+
+
+@runtime_checkable
+class SupervisedEngine(Engine, Protocol):
+    """An engine that is started anew when it ends."""
+
+    @property
+    def given_up(self) -> str | None:
+        """Why it will not be started again, once that is so."""
+        ...
+
+    def on_exit(self, heard: Callable[[str], None]) -> None:
+        """Have `heard(reason)` called whenever it ends unasked."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
         ...

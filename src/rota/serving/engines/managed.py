@@ -27,6 +27,15 @@ class ManagedEngine(OpenAIEngine):
         super().__init__(instance_id, url, capabilities=capabilities, probe_timeout_seconds=probe_timeout_seconds)
         self.process = EngineProcess(process, restart=restart)
 
+    @property
+    def given_up(self) -> str | None:
+        """Why the process will not be started again, once that is so."""
+        return self.process.given_up
+
+    def kill(self) -> None:
+        """Kill the process and everything it started, at once."""
+        self.process.kill()
+
     def on_exit(self, heard: Callable[[str], None]) -> None:
         """Have `heard(reason)` called whenever the process ends unasked."""
         self.process.exited = heard

@@ -60,6 +60,7 @@ class OpenAIEngine:
     ) -> None:
         """`url` is the server's root, with or without `/v1`. Raises `ConfigError` for what is no URL."""
         self.client = HttpClient(url.rstrip("/").removesuffix("/v1"), connect_timeout_seconds=connect_timeout_seconds)
+        self._connect_timeout = connect_timeout_seconds
         self._id = instance_id
         self._capabilities = capabilities
         self._timeout = probe_timeout_seconds
@@ -136,6 +137,13 @@ class OpenAIEngine:
         call = self._calls.get(request_id)
         if call is not None:
             call.pause(paused)
+
+    def moved_to(self, url: str) -> None:
+        """Speak to another server from now on: whatever was known of the last one is forgotten, and answers under way
+        there fail."""
+        self.client.close()
+        self.client = HttpClient(url, connect_timeout_seconds=self._connect_timeout)
+        self._is_vllm, self._status, self._health_path, self._reports = False, None, "/health", True
 
     async def _ask_health(self) -> None:
         try:

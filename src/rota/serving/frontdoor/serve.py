@@ -11,8 +11,7 @@ import msgspec
 from rota.base.errors import ConfigError, EngineError
 from rota.runtime.live import LiveLoop
 from rota.serving.cluster.machine import ClusterMachine
-from rota.serving.engines.engine import Engine
-from rota.serving.engines.managed import ManagedEngine
+from rota.serving.engines.engine import Engine, SupervisedEngine
 from rota.serving.engines.vllm.engine import VllmEngine
 from rota.serving.frontdoor.app import SHUTTING_DOWN, FrontDoor
 from rota.serving.frontdoor.http1 import HttpLimits
@@ -85,9 +84,9 @@ class Router:
                 hint="another server may have the port; choose another with --port",
             ) from None
         for engine, watch in zip(self.engines, self.watches, strict=True):
-            if isinstance(engine, ManagedEngine):
+            if isinstance(engine, SupervisedEngine):
                 engine.on_exit(watch.engine_exited)
-                watch.on_hung = engine.process.kill
+                watch.on_hung = engine.kill
             if isinstance(engine, VllmEngine):
                 engine.on_report(watch.told)
             self._started.append(engine)
@@ -110,9 +109,9 @@ class Router:
 
     def _raise_if_hopeless(self) -> None:
         given_up = [
-            engine.process.given_up
+            engine.given_up
             for engine in self.engines
-            if isinstance(engine, ManagedEngine) and engine.process.given_up is not None
+            if isinstance(engine, SupervisedEngine) and engine.given_up is not None
         ]
         if given_up and len(given_up) == len(self.engines):
             raise EngineError("\n".join(given_up))
@@ -172,8 +171,8 @@ async def serve(
             draining = asyncio.create_task(router.drain(config.drain_seconds))
             if not await _unless(hurrying, draining):
                 for engine in engines:
-                    if isinstance(engine, ManagedEngine):
-                        engine.process.kill()
+                    if isinstance(engine, SupervisedEngine):
+                        engine.kill()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             running.remove_signal_handler(number)

@@ -12,7 +12,8 @@ from itertools import islice
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, Self, TypeVar
 
-from rota.base.errors import ConfigError, RotaError
+from rota.base.errors import RotaError
+from rota.serving.engines.ray.cluster import join
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -130,23 +131,7 @@ class RayRunner:
 
     def __init__(self, address: str | None = None) -> None:
         """Raises `ConfigError` where Ray is not installed or no cluster answers."""
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # said, so that Ray does not warn about it
-        try:
-            import ray
-        except ImportError:
-            raise ConfigError(
-                "--on ray: Ray is not installed", hint="install Rota with its extra: pip install 'rota[ray]'"
-            ) from None
-        self._ray = ray
-        self._is_ours = not ray.is_initialized()
-        if self._is_ours:
-            try:
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(
-                    f"--on ray: no cluster answers: {' '.join(str(error).split())[:200]}",
-                    hint="start one with ray start --head, or unset RAY_ADDRESS to have one started here",
-                ) from None
+        self._ray, self._is_ours = join(address, "--on ray")
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,141 @@
+"""A Ray cluster, as far as a router needs it: it is joined, asked what its nodes have, and given actors to place."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from rota.base.errors import ConfigError
+from rota.serving.engines.ray.plans import EnginePlan
+
+NAMESPACE = "rota"
+_CONNECT_SECONDS = 5.0
+
+
+def join(address: str | None, flag: str) -> tuple[Any, bool]:
+    """The module `ray`, joined to a cluster, and whether it was joined here: to the one at `address`, else to the one
+    that `RAY_ADDRESS` names or that runs here, else to one that is started here. Raises `ConfigError` that begins with
+    `flag` where Ray is not installed or no cluster answers."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # said, so that Ray does not warn about it
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            f"{flag}: Ray is not installed", hint="install Rota with its extra: pip install 'rota[ray]'"
+        ) from None
+    if ray.is_initialized():
+        return ray, False
+    _refuse_unreachable(address or os.environ.get("RAY_ADDRESS"), flag)
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise _no_cluster(flag, " ".join(str(error).split())[:200]) from None
+    return ray, True
+
+
+def _refuse_unreachable(address: str | None, flag: str) -> None:
+    """Ray itself tries for minutes where nobody answers."""
+    host, colon, port = (address or "").rpartition(":")
+    if "://" in (address or ""):
+        raise ConfigError(
+            f"{flag}: {address} is an address for Ray's client, which cannot hold engines",
+            hint="run this on a node of the cluster, with HOST:PORT of its head, such as 10.0.0.1:6379",
+        )
+    if not colon:
+        return  # "auto", "local", or nothing
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(flag, f"{address}: {error}") from None
+
+
+def _no_cluster(flag: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{flag}: no cluster answers: {why}",
+        hint="start one with ray start --head, or unset RAY_ADDRESS to have one started here",
+    )
+
+
+class Needs(msgspec.Struct, frozen=True):
+    """What one engine takes of its node, by Ray's accounts."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    resources: dict[str, float] = {}
+
+    def bundle(self) -> dict[str, float]:
+        """As Ray writes resources; what is 0 is left out."""
+        return {name: amount for name, amount in {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}.items()
+                if amount}  # fmt: skip
+
+
+class RayCluster:
+    """One cluster, joined. Engines are named actors in the namespace `rota`; they outlive the router that placed them,
+    for a while, so that the next one finds them."""
+
+    def __init__(self, address: str | None, needs: Needs, *, await_nodes: bool = False, flag: str = "--on ray") -> None:
+        """Raises `ConfigError` if no cluster answers, or if none of its nodes could hold an engine, unless
+        `await_nodes` says that such may come."""
+        self._ray, self._is_ours = join(address, flag)
+        self.needs = needs
+        try:
+            if not await_nodes:
+                nodes = [node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]]
+                refuse_what_no_node_has(needs, nodes)
+        except ConfigError:
+            self.close()
+            raise
+
+    def place(self, plan: EnginePlan, **options: float) -> Any:
+        """Have Ray place an engine, or find the one that has its name. Returns the actor's handle at once."""
+        from rota.serving.engines.ray.host import EngineHost
+
+        actor = self._ray.remote(EngineHost).options(
+            name=plan.instance_id,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            # Engines side by side on one node would be lost together.
+            scheduling_strategy="SPREAD",
+            num_cpus=self.needs.num_cpus,
+            num_gpus=self.needs.num_gpus,
+            resources=self.needs.resources or None,
+        )
+        return actor.remote(plan, **options)
+
+    def end(self, actor: Any, *, restart: bool = False) -> None:
+        """End an actor at once; with `restart` Ray starts it anew."""
+        self._ray.kill(actor, no_restart=not restart)
+
+    def keep_room_for(self, num_instances: int) -> None:
+        """Ask Ray's autoscaler, where there is one, for nodes that so many engines fit on; it keeps them until asked
+        otherwise. 0 takes that back."""
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=[self.needs.bundle()] * num_instances)
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        if self._is_ours:
+            self._ray.shutdown()
+
+
+def refuse_what_no_node_has(needs: Needs, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise `ConfigError` that names what is missing, unless some node has, in all, what one engine needs."""
+    bundle = needs.bundle()
+    if any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
+        return
+    lacking = [
+        f"{name} {amount:g} (the most of one node is {max((node.get(name, 0.0) for node in nodes), default=0.0):g})"
+        for name, amount in bundle.items()
+        if all(node.get(name, 0.0) < amount for node in nodes)
+    ]
+    wanted = ", ".join(lacking) or "all at once of " + ", ".join(f"{name} {bundle[name]:g}" for name in bundle)
+    raise ConfigError(
+        f"no node of the Ray cluster can hold an engine: none has {wanted}",
+        hint="ask for less with --cpus-per-instance, --gpus-per-instance or --resource, or add such a node; "
+        "--await-nodes waits for nodes that an autoscaler will start",
+    )

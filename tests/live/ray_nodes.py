@@ -1,0 +1,59 @@
+"""A Ray cluster of several nodes on this machine, small, and gone after the test."""
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from rota.serving.engines.ray.cluster import NAMESPACE
+
+STORE = 80 * 2**20
+
+
+@contextmanager
+def nodes(num_nodes: int, **resources: Any) -> Iterator[Cluster]:
+    """So many nodes, the head among them, with the driver joined to the head."""
+    told = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING": "0"}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    options = {"object_store_memory": STORE, **resources}
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **options})
+    try:
+        for _ in range(num_nodes - 1):
+            cluster.add_node(**options)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def kill(cluster: Cluster, node_id: str) -> None:
+    """End a node as a machine ends: nothing on it gets to say anything."""
+    (node,) = [each for each in cluster.worker_nodes if each.node_id == node_id]
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def num_children(words: str) -> int:
+    """Processes on this machine whose command line has these words."""
+    found = subprocess.run(["pgrep", "-f", "-c", words], capture_output=True, text=True, check=False)
+    return int(found.stdout or 0)
+
+
+async def until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            while not holds():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"never came true: {what}") from None
