@@ -1,10 +1,11 @@
 """A Ray cluster of several nodes on this machine, small, and gone after the test."""
 
 import asyncio
+import contextlib
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -44,10 +45,14 @@ def kill(cluster: Cluster, node_id: str) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
-def num_children(words: str) -> int:
-    """Processes on this machine whose command line has these words."""
-    found = subprocess.run(["pgrep", "-f", "-c", words], capture_output=True, text=True, check=False)
-    return int(found.stdout or 0)
+def pids(words: str) -> list[int]:
+    """Processes of this machine whose command line has these words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if words in path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"):
+                found.append(int(path.parent.name))
+    return found
 
 
 async def until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:

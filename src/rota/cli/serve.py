@@ -11,6 +11,7 @@ from rota.base.errors import ConfigError
 from rota.base.nearest import did_you_mean
 from rota.cli.flags import Json, Seed, at_least, at_least_zero, positive, writing
 from rota.cli.output import print_json, say
+from rota.cli.ray_engines import LOCAL, RayChoice, ray_choice
 
 if TYPE_CHECKING:
     from rota.runtime.live import LiveLoop
@@ -40,6 +41,15 @@ def serve(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of each vLLM, such as max_num_seqs=16.")
     ] = None,
     profile: Annotated[str, typer.Option(help="Model and accelerator of simulated engines.")] = "llama-3.1-8b-a100",
+    on: Annotated[
+        str, typer.Option(metavar="local|ray|ray=ADDRESS", help="Where engines run: on this machine, or a Ray cluster.")
+    ] = LOCAL,
+    cpus_per_instance: Annotated[float | None, typer.Option(help="On Ray: CPUs of one engine; 1 if left out.")] = None,
+    gpus_per_instance: Annotated[float | None, typer.Option(help="On Ray: GPUs of one engine.")] = None,
+    resource: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=AMOUNT", help="On Ray: what else one engine takes of its node.")
+    ] = None,
+    await_nodes: Annotated[bool, typer.Option(help="On Ray: wait for nodes that an autoscaler will start.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 8000,
     journal: Annotated[
@@ -65,6 +75,8 @@ def serve(
         raise ConfigError("--engine: give `vllm`, or `simulated`, or URLs, not a mixture")
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port: must be from 0 to 65535, not {port}")
+    if on != LOCAL and _kind(kinds[0]) == "url":
+        raise ConfigError("--on: engines that run already are where they are", hint="leave --on or the URLs out")
     if stock is not None and stock not in STOCK:
         raise ConfigError(f"--stock: unknown scheduling policy {stock!r} of vLLM", hint=did_you_mean(stock, STOCK))
     _run(
@@ -81,6 +93,7 @@ def serve(
         journal_path=journal,
         journal_max_bytes=round(positive("--journal-max-mb", journal_max_mb) * 1e6),
         run_dir=run_dir,
+        ray=ray_choice(on, cpus_per_instance, gpus_per_instance, resource, await_nodes=await_nodes),
         start_timeout=positive("--start-timeout", start_timeout),
         wait_for_all=wait_for_all,
         drain=at_least_zero("--drain", drain),
@@ -140,6 +153,7 @@ def _run(
     journal_path: Path | None,
     journal_max_bytes: int,
     run_dir: Path,
+    ray: RayChoice | None,
     start_timeout: float,
     wait_for_all: bool,
     drain: float,
@@ -159,7 +173,7 @@ def _run(
 
     kind = _kind(kinds[0])
     config = SystemConfig(stack=stack, seed=seed)
-    if kind == SIMULATED:
+    if kind == SIMULATED and ray is None:
         config = _with_simulated(config, num_instances, profile)
     if kind == VLLM and stock is None:
         _refuse_what_vllm_cannot_host(stack)
@@ -169,10 +183,14 @@ def _run(
         with writing("--journal", journal_path):
             journal = Journal(header_of(config), path=journal_path, max_bytes=journal_max_bytes)
 
+    planned = ray and ray.plans(kind, num_instances, run_dir, stack_path, model, stock, options, profile, seed)
+
     async def run() -> None:
         loop = LiveLoop(SystemClock(), journal)
         engines: Sequence[Engine]
-        if kind == SIMULATED:
+        if ray is not None:
+            engines = ray.engines(planned or ())
+        elif kind == SIMULATED:
             engines = _simulated(loop, system, config, profile)
         elif kind == VLLM:
             engines = _vllm(num_instances, stack_path, model, stock, options, run_dir)
@@ -191,6 +209,8 @@ def _run(
     try:
         uvloop.run(run())
     finally:
+        if ray is not None:
+            ray.leave()
         if journal is not None:
             journal.close()
     say("stopped")

@@ -15,7 +15,7 @@ from rota.base.errors import EngineError
 from rota.serving.engines.engine import EngineStatus
 from rota.serving.engines.openai import OpenAIEngine
 from rota.serving.engines.ray.cluster import RayCluster
-from rota.serving.engines.ray.host import Refused, Whereabouts
+from rota.serving.engines.ray.host import OWNER_SECONDS, Refused, Whereabouts
 from rota.serving.engines.ray.plans import EnginePlan
 from rota.serving.model.instance import InstanceId
 
@@ -44,6 +44,7 @@ class RayEngine(OpenAIEngine):
         self._why_not = "Ray has not placed it yet"
         self._has_served = False
         self._num_placed = 0
+        self._refused_since: float | None = None
         self._given_up: str | None = None
 
     @property
@@ -68,7 +69,7 @@ class RayEngine(OpenAIEngine):
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         await super().stop()
-        if self._actor is None:
+        if not self._has_actor:
             return
         with contextlib.suppress(Exception):  # Whatever Ray says to it, what comes next ends the actor.
             async with asyncio.timeout(STOP_SECONDS):
@@ -77,8 +78,13 @@ class RayEngine(OpenAIEngine):
 
     def kill(self) -> None:
         """End it at once; Ray starts it anew."""
-        if self._actor is not None:
+        if self._has_actor:
             self._end(restart=True)
+
+    @property
+    def _has_actor(self) -> bool:
+        """Whether there is one, and it is not another router's."""
+        return self._actor is not None and self._refused_since is None
 
     async def probe(self) -> EngineStatus:
         """As for any server; before Ray has placed it, or when its process ended, that is the reason."""
@@ -128,12 +134,17 @@ class RayEngine(OpenAIEngine):
             return
         if isinstance(found, Refused):
             if found.is_used:
-                self._give_up(f"{found.reason}; stop that one first")
+                # It may be the last router, which was killed a moment ago.
+                self._why_not = f"{found.reason}; stop that one first"
+                now = asyncio.get_running_loop().time()
+                self._refused_since = self._refused_since or now
+                if now - self._refused_since > 2 * OWNER_SECONDS:
+                    self._give_up(self._why_not)
             else:
                 self._end()  # The next look places another.
                 self._forget(found.reason)
             return
-        self._num_placed = 0
+        self._num_placed, self._refused_since = 0, None
         before, self._where = self._where, found
         if before is not None and before.incarnation != found.incarnation:
             self._has_served = False

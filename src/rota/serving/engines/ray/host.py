@@ -23,7 +23,7 @@ FAREWELL_SECONDS = 1.0
 """From the end of a process that served to the end of its actor: who asks in between hears why."""
 PAUSE_SECONDS = 10.0
 """The same for one that was started anew and did not get ready."""
-OWNER_SECONDS = 10.0
+OWNER_SECONDS = 5.0
 """A router that has not asked for so long does not count as one that uses the engine."""
 LEASE_SECONDS = 300.0
 """An engine ends when no router has asked for it for so long. A new router takes it over until then."""

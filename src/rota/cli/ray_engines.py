@@ -1,0 +1,122 @@
+"""Engines of `rota serve --on ray`: the flags that are about them, and what they become."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rota.base.errors import ConfigError
+from rota.cli.flags import at_least_zero
+
+if TYPE_CHECKING:
+    from rota.serving.engines.ray.cluster import Needs, RayCluster
+    from rota.serving.engines.ray.engine import RayEngine
+    from rota.serving.engines.ray.plans import EnginePlan
+
+LOCAL, RAY = "local", "ray"
+
+
+class RayChoice:
+    """A Ray cluster, chosen by flags and joined when engines are placed on it."""
+
+    def __init__(self, address: str | None, needs: "Needs", *, await_nodes: bool) -> None:
+        self._address = address
+        self._needs = needs
+        self._await_nodes = await_nodes
+        self._cluster: RayCluster | None = None
+
+    def plans(
+        self,
+        kind: str,
+        num_instances: int,
+        run_dir: Path,
+        stack_path: Path | None,
+        model: Path | None,
+        stock: str | None,
+        options: dict[str, Any],
+        profile: str,
+        seed: int,
+    ) -> "list[EnginePlan]":
+        """One plan for each engine, `ray-0` and so on. Files are looked for on its node, but for the stack's, which is
+        read here."""
+        from rota.serving.engines.ray.plans import SimulatedPlan, VllmPlan
+        from rota.serving.predictors.step_time.profiles import load_profile
+
+        stack_text = None if stack_path is None else stack_path.read_text(encoding="utf-8")
+        folder = str(run_dir.absolute())
+        names = [f"ray-{index}" for index in range(num_instances)]
+        if kind == "simulated":
+            load_profile(profile)  # an error here is clearer than one on each node
+            return [
+                SimulatedPlan(name, folder, profile, seed=seed + index, stack_text=stack_text)
+                for index, name in enumerate(names)
+            ]
+        return [
+            VllmPlan(
+                name,
+                folder,
+                model=None if model is None else str(model.absolute()),
+                plugin=stock is None,
+                scheduling_policy=stock or "fcfs",
+                # Ray counts cores and binds none; instances that share all cores of a machine stall each other.
+                cores=None if self._needs.num_gpus else str(index % (os.cpu_count() or 1)),
+                options=options,
+                stack_text=stack_text,
+            )
+            for index, name in enumerate(names)
+        ]
+
+    def engines(self, plans: "Sequence[EnginePlan]") -> "list[RayEngine]":
+        """Join the cluster, and have one engine for each plan. Raises `ConfigError` where that cannot be."""
+        from rota.serving.engines.ray.cluster import RayCluster
+
+        cluster = RayCluster(self._address, self._needs, await_nodes=self._await_nodes)
+        self._cluster = cluster
+        from rota.serving.engines.ray.engine import RayEngine  # needs Ray, which is there by now
+
+        cluster.keep_room_for(len(plans))
+        return [RayEngine(plan, cluster) for plan in plans]
+
+    def leave(self) -> None:
+        """Want no more room, and leave the cluster."""
+        if self._cluster is not None:
+            self._cluster.keep_room_for(0)
+            self._cluster.close()
+
+
+def ray_choice(
+    on: str, cpus: float | None, gpus: float | None, resources: Sequence[str] | None, *, await_nodes: bool
+) -> RayChoice | None:
+    """What the flags choose; None is this machine. Raises `ConfigError` naming the flag."""
+    from rota.serving.engines.ray.cluster import Needs
+
+    word, equals, address = on.partition("=")
+    if word not in (LOCAL, RAY) or (equals and (word == LOCAL or not address)):
+        raise ConfigError(f"--on: must be local, ray or ray=ADDRESS, not {on!r}")
+    if word == LOCAL:
+        given = {"--cpus-per-instance": cpus, "--gpus-per-instance": gpus, "--resource": resources}
+        given["--await-nodes"] = await_nodes or None
+        for flag, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{flag}: is about engines on a Ray cluster", hint="add --on ray")
+        return None
+    num_cpus = at_least_zero("--cpus-per-instance", 1.0 if cpus is None else cpus)
+    num_gpus = at_least_zero("--gpus-per-instance", gpus or 0.0)
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        raise ConfigError(f"--gpus-per-instance: Ray gives a part of one GPU or whole ones, not {num_gpus:g}")
+    needs = Needs(num_cpus, num_gpus, dict(map(_resource, resources or ())))
+    return RayChoice(address or None, needs, await_nodes=await_nodes)
+
+
+def _resource(word: str) -> tuple[str, float]:
+    name, _, amount = word.partition("=")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = 0.0
+    if not name or not 0 < number < 1e6 or name in ("CPU", "GPU"):
+        raise ConfigError(
+            f"--resource: {word!r} is not of the form NAME=AMOUNT",
+            hint="such as --resource accelerator_type:A100=0.001; CPUs and GPUs have flags of their own",
+        )
+    return name, number
