@@ -14,6 +14,7 @@ from rota.cli.output import print_json, say
 from rota.cli.ray_engines import LOCAL, RayChoice, ray_choice
 
 if TYPE_CHECKING:
+    from rota.base.journal import Journal
     from rota.runtime.live import LiveLoop
     from rota.serving.assemble import System, SystemConfig
     from rota.serving.engines.engine import Engine
@@ -71,14 +72,7 @@ def serve(
     from rota.serving.stack import load_stack
 
     kinds = engine or [VLLM]
-    if len({_kind(word) for word in kinds}) > 1 or (len(kinds) > 1 and _kind(kinds[0]) != "url"):
-        raise ConfigError("--engine: give `vllm`, or `simulated`, or URLs, not a mixture")
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port: must be from 0 to 65535, not {port}")
-    if on != LOCAL and _kind(kinds[0]) == "url":
-        raise ConfigError("--on: engines that run already are where they are", hint="leave --on or the URLs out")
-    if stock is not None and stock not in STOCK:
-        raise ConfigError(f"--stock: unknown scheduling policy {stock!r} of vLLM", hint=did_you_mean(stock, STOCK))
+    _check(kinds, on, port, stock)
     _run(
         kinds=kinds,
         num_instances=at_least("--instances", instances, 1),
@@ -100,6 +94,17 @@ def serve(
         seed=seed,
         json=json,
     )
+
+
+def _check(kinds: Sequence[str], on: str, port: int, stock: str | None) -> None:
+    if len({_kind(word) for word in kinds}) > 1 or (len(kinds) > 1 and _kind(kinds[0]) != "url"):
+        raise ConfigError("--engine: give `vllm`, or `simulated`, or URLs, not a mixture")
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port: must be from 0 to 65535, not {port}")
+    if on != LOCAL and _kind(kinds[0]) == "url":
+        raise ConfigError("--on: engines that run already are where they are", hint="leave --on or the URLs out")
+    if stock is not None and stock not in STOCK:
+        raise ConfigError(f"--stock: unknown scheduling policy {stock!r} of vLLM", hint=did_you_mean(stock, STOCK))
 
 
 def _kind(word: str) -> str:
@@ -162,14 +167,11 @@ def _run(
 ) -> None:
     import uvloop
 
-    from rota.base.journal import Journal
     from rota.runtime.clocks import SystemClock
     from rota.runtime.live import LiveLoop
-    from rota.serving.assemble import SystemConfig, build, header_of
-    from rota.serving.engines.openai import OpenAIEngine
+    from rota.serving.assemble import SystemConfig, build
     from rota.serving.frontdoor.serve import ServeConfig
     from rota.serving.frontdoor.serve import serve as serve_until_signal
-    from rota.serving.model.instance import InstanceId
 
     kind = _kind(kinds[0])
     config = SystemConfig(stack=stack, seed=seed)
@@ -178,11 +180,7 @@ def _run(
     if kind == VLLM and stock is None:
         _refuse_what_vllm_cannot_host(stack)
     system = build(config)
-    journal = None
-    if journal_path is not None:
-        with writing("--journal", journal_path):
-            journal = Journal(header_of(config), path=journal_path, max_bytes=journal_max_bytes)
-
+    journal = _journal(config, journal_path, journal_max_bytes)
     planned = ray and ray.plans(kind, num_instances, run_dir, stack_path, model, stock, options, profile, seed)
 
     async def run() -> None:
@@ -195,7 +193,7 @@ def _run(
         elif kind == VLLM:
             engines = _vllm(num_instances, stack_path, model, stock, options, run_dir)
         else:
-            engines = [OpenAIEngine(InstanceId(f"e{index}"), url) for index, url in enumerate(kinds)]
+            engines = _at(kinds)
         say(f"starting {len(engines)} {'engines' if len(engines) > 1 else 'engine'} ({kind}); ready within minutes")
         await serve_until_signal(
             ServeConfig(host=host, port=port, drain_seconds=drain, start_timeout_seconds=start_timeout),
@@ -216,6 +214,16 @@ def _run(
     say("stopped")
 
 
+def _journal(config: "SystemConfig", path: Path | None, max_bytes: int) -> "Journal | None":
+    from rota.base.journal import Journal
+    from rota.serving.assemble import header_of
+
+    if path is None:
+        return None
+    with writing("--journal", path):
+        return Journal(header_of(config), path=path, max_bytes=max_bytes)
+
+
 def _refuse_what_vllm_cannot_host(stack: "StackConfig") -> None:
     """Each engine would refuse such a stack when it starts; here it costs no start."""
     from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES, check_hostable
@@ -230,6 +238,13 @@ def _announce(router: "Router", json: bool) -> None:
     if json:
         print_json({"url": url, "instances": [engine.id for engine in router.engines]})
     say(f"ready: {url} ({len(router.cluster.statuses)} of {len(router.engines)} instances answer; Ctrl-C stops)")
+
+
+def _at(urls: Sequence[str]) -> "Sequence[Engine]":
+    from rota.serving.engines.openai import OpenAIEngine
+    from rota.serving.model.instance import InstanceId
+
+    return [OpenAIEngine(InstanceId(f"e{index}"), url) for index, url in enumerate(urls)]
 
 
 def _with_simulated(config: "SystemConfig", num_instances: int, profile: str) -> "SystemConfig":
