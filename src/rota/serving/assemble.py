@@ -1,6 +1,7 @@
 """The one place where a system is put together: command line, simulator, live host, replay and tests all call
 `build`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from rota.serving.cluster.prefix_index import PrefixIndex
 from rota.serving.instance.machine import InstanceMachine
 from rota.serving.model.commands import ClusterCommand, InstanceCommand
 from rota.serving.model.events import ClusterEvent, InstanceEvent
-from rota.serving.model.instance import InstanceId, InstanceSpec
-from rota.serving.stack import StackConfig, cluster_policies, engine_policies
+from rota.serving.model.instance import InstanceId, InstanceSpec, Role
+from rota.serving.stack import REGISTRIES, StackConfig, cluster_policies, engine_policies
 
 CLUSTER = "cluster"
 """Name of the router's machine in a journal."""
@@ -74,12 +75,26 @@ def instance_name(instance_id: InstanceId, incarnation: int = 0) -> str:
 
 def build(config: SystemConfig) -> System:
     """Put the machines of a run together. Raises `ConfigError` or `CapabilityError` for a stack that cannot be."""
+    refuse_roles(config.stack, config.instances)
     ids = [spec.id for spec in config.instances]
     if len(set(ids)) != len(ids):
         raise ConfigError(f"two instances have the same id, in {', '.join(sorted(ids))}")
     return System(
         cluster=build_cluster(config.stack, config.seed),
         instances={spec.id: build_instance(config.stack, spec) for spec in config.instances},
+    )
+
+
+def refuse_roles(stack: StackConfig, instances: Sequence[InstanceSpec]) -> None:
+    """Raise `ConfigError` where instances have roles that the stack's dispatch policy does not look at."""
+    given = next((spec for spec in instances if spec.role is not Role.MIXED), None)
+    registry = REGISTRIES["dispatch"]
+    if given is None or getattr(registry.load(stack.dispatch), "reads_roles", False):
+        return
+    able = [name for name in registry.names() if getattr(registry.load(name), "reads_roles", False)]
+    raise ConfigError(
+        f"instance {given.id} is for {given.role} only, and dispatch policy {stack.dispatch!r} does not look at roles",
+        hint=f"dispatch policies that do: {', '.join(able)}",
     )
 
 

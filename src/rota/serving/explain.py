@@ -24,6 +24,7 @@ from rota.serving.model.commands import (
     Reject,
     RunStep,
     StartInstance,
+    Stay,
     StopInstance,
     Way,
 )
@@ -271,8 +272,11 @@ class _Teller:
                 scores = ", ".join(f"{instance_id} {score:.2f}" for instance_id, score in command.scores)
                 goes_on = command.num_output_tokens > 0
                 self._num_resumptions += goes_on
-                text = f"sent to {command.instance_id}{' to go on' if goes_on else ''}: {command.reason}"
+                what = f"{' to go on' if goes_on else ''}{' for its prefill only' if command.prefill_only else ''}"
+                text = f"sent to {command.instance_id}{what}: {command.reason}"
                 self._tell("resumed" if goes_on else "dispatched", f"{text} (scores: {scores})" if scores else text)
+            case Stay():
+                self._tell("stays", f"goes on at {command.instance_id}: {command.reason}")
             case Hold():
                 self._let_in(command.admission)
                 self._tell("held", f"held at the router: {command.reason}")

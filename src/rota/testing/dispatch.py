@@ -10,7 +10,9 @@ from msgspec import structs
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant
 from rota.serving.api import (
+    DecodePlacer,
     DispatchPolicy,
+    EndObserver,
     InstanceId,
     InstanceView,
     Pick,
@@ -41,6 +43,8 @@ class InstanceSample:
     max_num_seqs: int = 256
     is_draining: bool = False
     num_migrations: int = 0
+    num_expected_requests: int = 0
+    num_booked_tokens: int = 0
 
     def num_prefix_tokens(self, request: Request) -> int:
         num_blocks = min(self.num_cached_blocks, len(request.block_hashes))
@@ -71,8 +75,8 @@ def requests() -> st.SearchStrategy[Request]:
 
 
 def clusters(*, num_instances_min: int = 1) -> st.SearchStrategy[ClusterSample]:
-    """Clusters of up to eight instances by id, idle and loaded, reported and not, with and without cached prefixes;
-    some tell of their sequences."""
+    """Clusters of up to eight instances by id, idle and loaded, reported and not, with and without cached prefixes and
+    roles; some tell of their sequences."""
     instance = instances_that_do_not_tell() | instances_that_tell()
     return st.builds(
         lambda now, samples: ClusterSample(
@@ -94,6 +98,9 @@ def instances_that_do_not_tell() -> st.SearchStrategy[InstanceSample]:
         num_running=st.integers(0, 100),
         num_waiting=st.integers(0, 100),
         num_free_blocks=st.none() | st.integers(0, 1000),
+        role=st.sampled_from([Role.MIXED, Role.MIXED, Role.PREFILL, Role.DECODE]),
+        num_expected_requests=st.integers(0, 10),
+        num_booked_tokens=st.integers(0, 16_000),
     )
 
 
@@ -124,7 +131,8 @@ def check_dispatch_policy(
     `factory` makes a fresh policy, each time alike: one that draws chance gets a new stream of the same seed and name.
     For any cluster, however loaded, of one instance or more, and for a series of requests:
 
-    * the pick is one of the instances shown, and has a reason;
+    * the pick is one of the instances shown, and has a reason; so is where it should decode, if it says so;
+    * one that sends a request somewhere for its prefill only says where it decodes, or can be asked (`pick_decode`);
     * scores are in [0, 1] and belong to instances shown, at most one each;
     * two fresh policies that are asked the same give the same answers;
     * nothing that is shown is written to (law 13);
@@ -142,6 +150,14 @@ def check_dispatch_policy(
             again = _ask(second, request, cluster)
             if again != pick:
                 raise LawBroken(f"law 8: asked the same, a fresh policy answered {again}, another one {pick}")
+            if pick.prefill_only and pick.decode_at is None:
+                places = [_ask_decode(policy, request, pick.instance_id, cluster) for policy in (first, second)]
+                _check_pick(places[0], cluster)
+                if places[0] != places[1]:
+                    raise LawBroken(f"law 8: asked the same, fresh policies answered {places[0]} and {places[1]}")
+            for policy in (first, second):
+                if isinstance(policy, EndObserver):
+                    policy.request_ended(request, None if request.priority < 0 else request.num_prompt_tokens % 700)
 
     @settings(max_examples=max_examples, deadline=None)
     @given(request=requests(), cluster=clusters(num_instances_min=2))
@@ -167,8 +183,19 @@ def _ask(policy: DispatchPolicy, request: Request, cluster: ClusterSample) -> Pi
         raise LawBroken(f"the policy wrote to a view (law 13) or used what it does not offer: {error!r}") from error
 
 
+def _ask_decode(policy: DispatchPolicy, request: Request, at: InstanceId, cluster: ClusterSample) -> Pick:
+    if not isinstance(policy, DecodePlacer):
+        raise LawBroken("picked for the prefill only; it neither said where to decode nor can be asked (pick_decode)")
+    try:
+        return policy.pick_decode(request, at, cluster)
+    except (FrozenInstanceError, AttributeError, TypeError) as error:
+        raise LawBroken(f"the policy wrote to a view (law 13) or used what it does not offer: {error!r}") from error
+
+
 def _check_pick(pick: Pick, cluster: ClusterSample) -> None:
     shown = [instance.id for instance in cluster.instances]
+    if pick.decode_at is not None and pick.decode_at not in shown:
+        raise LawBroken(f"would decode at {pick.decode_at!r}, which is not among {shown}")
     if pick.instance_id not in shown:
         raise LawBroken(f"picked {pick.instance_id!r}, which is not among {shown}")
     if not pick.reason:

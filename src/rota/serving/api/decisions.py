@@ -41,6 +41,12 @@ class Pick:
     instance_id: InstanceId
     reason: str
     scores: tuple[tuple[InstanceId, float], ...] = field(default=())
+    prefill_only: bool = False
+    """Whether it should decode elsewhere. Where is `decode_at`, or asked of the policy (`pick_decode`) once the first
+    token has come."""
+    decode_at: InstanceId | None = None
+    """Where it should decode, if that is chosen now: its blocks can go there while the prompt is computed. None, or the
+    instance itself, unless one of those that were offered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from rota.base.instant import Instant
 from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
 from rota.serving.api.views import ClusterView, EngineView, FleetView, SequenceView
 from rota.serving.model.capabilities import EngineCapabilities
+from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request, RequestId
 
 
@@ -153,6 +154,24 @@ class DispatchPolicy(Protocol):
 
     def pick(self, request: Request, cluster: ClusterView) -> Pick:
         """Choose among `cluster.instances`, which is never empty. Ties break by id, unless a stream was given."""
+        ...
+
+
+@runtime_checkable
+class DecodePlacer(Protocol):
+    """A dispatch policy that says where a request decodes only when its first token has come (`Pick.prefill_only`)."""
+
+    def pick_decode(self, request: Request, at: InstanceId, cluster: ClusterView) -> Pick:
+        """Choose among `cluster.instances`, the ready ones, of which `at` is usually one; `at` itself lets it stay."""
+        ...
+
+
+@runtime_checkable
+class EndObserver(Protocol):
+    """A dispatch policy that wants to hear of ends, to learn how long answers are or to forget a request."""
+
+    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
+        """A request ended, in whatever way; with so many output tokens if it finished and its engine told."""
         ...
 
 

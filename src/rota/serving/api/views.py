@@ -164,6 +164,17 @@ class InstanceView(Protocol):
         """Prompt tokens of outstanding requests whose first token was not seen, plus one for each that decodes."""
         ...
 
+    @property
+    def num_expected_requests(self) -> int:
+        """Requests whose first token comes elsewhere, and that are to decode here: our own count."""
+        ...
+
+    @property
+    def num_booked_tokens(self) -> int:
+        """Prompt tokens of all requests that are outstanding or expected here, whether they decode or not: what they
+        hold at least, or will. Our own count, always fresh."""
+        ...
+
     def num_prefix_tokens(self, request: Request) -> int:
         """Leading tokens of the prompt that were sent to this instance before and are thought to be cached there."""
         ...

@@ -6,7 +6,9 @@ from rota.base.errors import PolicyError, RotaError
 from rota.base.instant import Instant
 from rota.serving.api import (
     AdmissionPolicy,
+    DecodePlacer,
     DispatchPolicy,
+    EndObserver,
     FleetView,
     InstanceView,
     MigrationPolicy,
@@ -18,6 +20,7 @@ from rota.serving.api import (
 )
 from rota.serving.api.decisions import Admission
 from rota.serving.cluster.ledger import ClusterReading
+from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request, RequestId
 
 
@@ -45,12 +48,45 @@ def ask_dispatch(policy: DispatchPolicy, request: Request, candidates: Sequence[
         raise
     except Exception as error:
         raise _broken(policy, f"raised {error!r}", about) from error
-    if not any(view.id == pick.instance_id for view in candidates):
-        offered = ", ".join(view.id for view in candidates)
-        raise _broken(policy, f"picked {pick.instance_id!r}, which is not among {offered}", about)
+    _check_pick(policy, pick, candidates, about)
+    return pick
+
+
+def ask_decode(
+    policy: DecodePlacer, request: Request, at: InstanceId, ready: Sequence[InstanceView], now: Instant
+) -> Pick:
+    """Where a request decodes whose first token has come. Without a ready instance it stays, and nobody is asked."""
+    about = f"where request {request.id} decodes"
+    if not ready:
+        return Pick(at, "no instance is ready")
+    try:
+        pick = policy.pick_decode(request, at, ClusterReading(now, ready))
+    except RotaError:
+        raise
+    except Exception as error:
+        raise _broken(policy, f"raised {error!r}", about) from error
+    if pick.instance_id != at:
+        _check_pick(policy, pick, ready, about)
+    return pick
+
+
+def tell_end(policy: EndObserver, request: Request, num_output_tokens: int | None) -> None:
+    """A request ended, with so many output tokens if that is known."""
+    try:
+        policy.request_ended(request, num_output_tokens)
+    except RotaError:
+        raise
+    except Exception as error:
+        raise _broken(policy, f"raised {error!r}", f"the end of request {request.id}") from error
+
+
+def _check_pick(policy: object, pick: Pick, candidates: Sequence[InstanceView], about: str) -> None:
+    for picked in (pick.instance_id, pick.decode_at):
+        if picked is not None and not any(view.id == picked for view in candidates):
+            offered = ", ".join(view.id for view in candidates)
+            raise _broken(policy, f"picked {picked!r}, which is not among {offered}", about)
     if not pick.reason:
         raise _broken(policy, f"picked {pick.instance_id!r} without a reason", about)
-    return pick
 
 
 def ask_migration(

@@ -61,11 +61,13 @@ class InstanceBook:
 
     def assign(self, tracked: TrackedRequest, instance_id: InstanceId) -> None:
         """The request is this instance's from here on, with its prompt and what it has generated."""
+        if tracked.decode_at is not None:
+            self.unbook(tracked)
         tracked.instance_id = instance_id
         is_running = tracked.state == RequestState.RUNNING
         num_tokens = 1 if is_running else tracked.num_tokens
         is_resuming = tracked.num_resumptions > 0 and not is_running
-        self.ledgers[instance_id].debit(tracked.request.id, num_tokens, is_resuming=is_resuming)
+        self.ledgers[instance_id].debit(tracked.request, num_tokens, is_resuming=is_resuming)
         if self._prefix_index is not None:
             self._prefix_index.record(tracked.request, instance_id)
 
@@ -76,15 +78,32 @@ class InstanceBook:
 
     def release(self, tracked: TrackedRequest) -> None:
         """Take the request off its instance's account."""
+        if tracked.decode_at is not None:
+            self.unbook(tracked)
         if tracked.instance_id is not None:
             ledger = self.ledgers[tracked.instance_id]
             tracked.instance_id = None
-            self.is_place_free |= ledger.credit(tracked.request.id)
+            self.is_place_free |= ledger.credit(tracked.request)
+            self.forget_if_over(ledger)
+
+    def book(self, tracked: TrackedRequest, instance_id: InstanceId) -> None:
+        """The request is to decode there when its next token has come where it is."""
+        tracked.decode_at = instance_id
+        self.ledgers[instance_id].expect(tracked.request)
+
+    def unbook(self, tracked: TrackedRequest) -> None:
+        """The request is expected nowhere any more, if it was."""
+        if tracked.decode_at is not None:
+            ledger = self.ledgers[tracked.decode_at]
+            tracked.decode_at = None
+            ledger.expect(tracked.request, -1)
             self.forget_if_over(ledger)
 
     def forget_if_over(self, ledger: InstanceLedger) -> None:
-        """Forget an instance that gets no requests any more, has none left, and has none on its way."""
-        if ledger.num_outstanding_requests or ledger.num_migrations or ledger.state == InstanceState.READY:
+        """Forget an instance that gets no requests any more, has none left, expects none, and has none on its way."""
+        if ledger.num_outstanding_requests or ledger.num_migrations or ledger.num_expected_requests:
+            return
+        if ledger.state == InstanceState.READY:
             return
         if self.ledgers.get(ledger.id) is not ledger:
             return
@@ -126,18 +145,29 @@ class InstanceBook:
 
     def check(self, requests: dict[RequestId, TrackedRequest], num_owned: int) -> None:
         """Law 1: every request that is outstanding somewhere is so at its one owner, and the sums are right."""
+        expected: dict[InstanceId, list[int]] = {}
+        for each in requests.values():
+            if each.decode_at is not None:
+                expected.setdefault(each.decode_at, []).append(each.request.num_prompt_tokens)
         for ledger in self.ledgers.values():
             recount = 0
+            num_expected, num_booked = len(expected.get(ledger.id, ())), sum(expected.get(ledger.id, ()))
             for request_id in ledger.outstanding:
                 tracked = requests.get(request_id)
                 if tracked is None or tracked.instance_id != ledger.id:
                     owner = None if tracked is None else tracked.instance_id
                     raise LawBroken(f"law 1: {request_id} is outstanding at {ledger.id}, but its owner is {owner}")
                 recount += 1 if tracked.state == RequestState.RUNNING else tracked.num_tokens
+                num_booked += tracked.request.num_prompt_tokens
             if recount != ledger.num_outstanding_tokens:
                 raise LawBroken(
                     f"law 1: {ledger.id} counts {ledger.num_outstanding_tokens} outstanding tokens, "
                     f"its requests {recount}"
+                )
+            if (num_expected, num_booked) != (ledger.num_expected_requests, ledger.num_booked_tokens):
+                raise LawBroken(
+                    f"law 1: {ledger.id} expects {ledger.num_expected_requests} requests and books "
+                    f"{ledger.num_booked_tokens} tokens, but it is {num_expected} and {num_booked}"
                 )
         # Each outstanding request is owned where it is counted, so equal numbers mean that nobody is owned uncounted.
         num_outstanding = sum(ledger.num_outstanding_requests for ledger in self.ledgers.values())

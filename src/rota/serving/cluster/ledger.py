@@ -21,7 +21,9 @@ class InstanceLedger:
         "_resuming",
         "id",
         "max_prompt_tokens",
+        "num_booked_tokens",
         "num_coming",
+        "num_expected_requests",
         "num_leaving",
         "num_outstanding_tokens",
         "report",
@@ -43,6 +45,10 @@ class InstanceLedger:
         """Migrations under way from here."""
         self.num_coming = 0
         """Migrations under way to here."""
+        self.num_booked_tokens = 0
+        """Prompt tokens of those that are outstanding or expected."""
+        self.num_expected_requests = 0
+        """To decode here when their first token has come elsewhere."""
         self._num_tokens_of: dict[RequestId, int] = {}
         self._resuming: set[RequestId] = set()
         self.view = InstanceReading(self, prefix_index)
@@ -88,9 +94,11 @@ class InstanceLedger:
         self.max_prompt_tokens = max_prompt_tokens(spec)
         self.report = None
 
-    def debit(self, request_id: RequestId, num_tokens: int, *, is_resuming: bool = False) -> None:
+    def debit(self, request: Request, num_tokens: int, *, is_resuming: bool = False) -> None:
         """The request came here: so many tokens of it are outstanding."""
+        request_id = request.id
         self._num_tokens_of[request_id] = num_tokens
+        self.num_booked_tokens += request.num_prompt_tokens
         self.num_outstanding_tokens += num_tokens
         if is_resuming:
             self._resuming.add(request_id)
@@ -102,11 +110,17 @@ class InstanceLedger:
         self._num_tokens_of[request_id] = 1
         return self._resumed(request_id)
 
-    def credit(self, request_id: RequestId) -> bool:
+    def credit(self, request: Request) -> bool:
         """The request ended here or left, however it did. Returns whether its next token was still waited for after
         it was resumed here, so that its place is free for the next one."""
-        self.num_outstanding_tokens -= self._num_tokens_of.pop(request_id)
-        return self._resumed(request_id)
+        self.num_outstanding_tokens -= self._num_tokens_of.pop(request.id)
+        self.num_booked_tokens -= request.num_prompt_tokens
+        return self._resumed(request.id)
+
+    def expect(self, request: Request, sign: int = 1) -> None:
+        """The request is to decode here; with `sign` -1 it is not, or it has come."""
+        self.num_expected_requests += sign
+        self.num_booked_tokens += sign * request.num_prompt_tokens
 
     def _resumed(self, request_id: RequestId) -> bool:
         if request_id not in self._resuming:
@@ -193,6 +207,14 @@ class InstanceReading:
     @property
     def num_outstanding_tokens(self) -> int:
         return self._ledger.num_outstanding_tokens
+
+    @property
+    def num_expected_requests(self) -> int:
+        return self._ledger.num_expected_requests
+
+    @property
+    def num_booked_tokens(self) -> int:
+        return self._ledger.num_booked_tokens
 
     def num_prefix_tokens(self, request: Request) -> int:
         return 0 if self._prefix_index is None else self._prefix_index.num_tokens(request, self.id)

@@ -16,13 +16,15 @@ from rota.base.instant import Duration, Instant, after, seconds, to_seconds
 from rota.serving.api import (
     AdmissionPolicy,
     DispatchPolicy,
+    EndObserver,
     FleetRules,
     InstanceView,
     MigrationPolicy,
     Pick,
     ScalingPolicy,
 )
-from rota.serving.cluster.answers import ask_admission, ask_dispatch
+from rota.serving.cluster.answers import ask_admission, ask_dispatch, tell_end
+from rota.serving.cluster.decode_places import DecodePlaces
 from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, InstanceState, RequestState
 from rota.serving.cluster.migration import Cause, MigrationBook, MigrationCounts, MigrationLimits
@@ -142,6 +144,8 @@ class ClusterMachine:
 
         self._instances = InstanceBook(prefix_index)
         self._migrations = MigrationBook(self._instances, migration_limits)
+        self._decode_places = DecodePlaces(dispatch, self._instances, self._migrations)
+        self._observer = dispatch if isinstance(dispatch, EndObserver) else None
         self._rounds = MigrationRounds(migration, self._instances, self._migrations, patience)
         readers = any(getattr(policy, "reads_sequences", False) for policy in (dispatch, scaling))
         self.reads_sequences = bool(self._rounds.ask_every or readers)
@@ -175,6 +179,7 @@ class ClusterMachine:
                     self._instances.first_token(tracked)
                     if self.fleet is not None:
                         self.fleet.demand.first_token(tracked.request, now)
+                    return self._decode_places.first_token(tracked, now)
                 return ()
             case RequestFinished():
                 tracked = self._owned(event.request_id, event.instance_id)
@@ -183,7 +188,7 @@ class ClusterMachine:
                 commands = self._migrations.abort_of(event.request_id, Cause.REQUEST_ENDED, "it ended at its source")
                 if self.fleet is not None:
                     self.fleet.demand.finished(tracked.request, event.num_output_tokens, now)
-                self._end(tracked, "finished")
+                self._end(tracked, "finished", event.num_output_tokens)
                 return commands
             case RequestFailed():
                 return self._attempt_failed(event, now)
@@ -211,7 +216,7 @@ class ClusterMachine:
 
     def next_deadline(self) -> Instant | None:
         held_at = next(iter(self._held.values()), None)
-        if not self._rounds.ask_every:
+        if not self._rounds.ask_every and not self._migrations.moving:
             return held_at
         deadlines = (held_at, self._migrations.next_deadline(), self._rounds.ask_at)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -333,23 +338,18 @@ class ClusterMachine:
         tracked.move("dispatched")
         tracked.num_attempts += 1
         self._instances.assign(tracked, pick.instance_id)
-        reason = pick.reason
-        if tracked.failures:
-            failed_on, why = tracked.failures[-1]
-            of_all = f"attempt {tracked.num_attempts} of {self._retries.max_attempts}"
-            if tracked.num_resumptions:
-                times = f"resumption {tracked.num_resumptions} of {self._retries.max_resumptions}"
-                of_all = f"{times}, after {tracked.num_output_tokens} tokens"
-            reason = f"{of_all}, since {failed_on} failed ({why}): {reason}"
+        self._decode_places.note(tracked, pick)
         admission, tracked.admission = tracked.admission, ""
         return Dispatch(
             tracked.request.id,
             pick.instance_id,
-            reason,
+            self._retries.reason(tracked, pick.reason),
             tracked.num_attempts,
             pick.scores,
             admission,
             tracked.num_output_tokens,
+            tracked.prefill_only,
+            tracked.decode_at,
         )
 
     def _hold(self, tracked: TrackedRequest, now: Instant) -> Hold:
@@ -427,7 +427,7 @@ class ClusterMachine:
         tracked = self._requests.get(request_id)
         return tracked if tracked is not None and tracked.instance_id == instance_id else None
 
-    def _end(self, tracked: TrackedRequest, event: str) -> None:
+    def _end(self, tracked: TrackedRequest, event: str, num_output_tokens: int | None = None) -> None:
         """The one way out: take the last step of the lifecycle and forget the request, but for its id."""
         request_id = tracked.request.id
         tracked.move(event)
@@ -437,6 +437,8 @@ class ClusterMachine:
         self._instances.release(tracked)
         self._held.pop(request_id, None)
         del self._requests[request_id]
+        if self._observer is not None:
+            tell_end(self._observer, tracked.request, num_output_tokens)
         self._recent[request_id] = None
         if len(self._recent) > self._num_recent:
             self._recent.popitem(last=False)

@@ -83,6 +83,8 @@ class MigrationLimits:
 
     max_migrations: int = 1
     """Under way from an instance, and so many under way to it."""
+    max_after_prefill: int = 256
+    """The same for requests that decode elsewhere than where their prompt was computed, beside those others."""
     replay_max_tokens: int = 0
     """A request with fewer tokens is replayed where its destination can, although its blocks could be had."""
     reserve_timeout: Duration = seconds(10)
@@ -93,6 +95,8 @@ class MigrationLimits:
     def __post_init__(self) -> None:
         if self.max_migrations < 1:
             raise ConfigError(f"max_migrations must be at least 1, not {self.max_migrations}")
+        if self.max_after_prefill < 1:
+            raise ConfigError(f"max_after_prefill must be at least 1, not {self.max_after_prefill}")
 
     def timeout(self, state: str) -> Duration:
         """How long a migration may be in a state."""
@@ -184,6 +188,19 @@ class MigrationBook:
         if isinstance(way, Dropped) or tracked is None:
             self._num_dropped[Dropped(way)] += 1
             return None
+        return self._open_one(move, tracked, way, now)
+
+    def begin_decode(self, move: Move, tracked: TrackedRequest, now: Instant) -> Migrate | Dropped:
+        """Open the migration of a request that decodes elsewhere than where its prompt was computed, or count and say
+        why not. It rests already, so its blocks are handed over at once rather than copied while it decodes; computing
+        the prompt a second time would defeat the purpose, so it never goes by replay."""
+        way = self._way_of(move, tracked, is_after_prefill=True)
+        if isinstance(way, Dropped):
+            self._num_dropped[way] += 1
+            return way
+        return self._open_one(move, tracked, way, now)
+
+    def _open_one(self, move: Move, tracked: TrackedRequest, way: Way, now: Instant) -> Migrate:
         self._num_started += 1
         ledgers = self._instances.ledgers
         source, destination = ledgers[move.source], ledgers[move.destination]
@@ -195,7 +212,7 @@ class MigrationBook:
         destination.num_coming += 1
         return Migrate(migration.id, migration.request_id, source.id, destination.id, way, move.reason)
 
-    def _way_of(self, move: Move, tracked: TrackedRequest | None) -> Way | Dropped:
+    def _way_of(self, move: Move, tracked: TrackedRequest | None, *, is_after_prefill: bool = False) -> Way | Dropped:
         """How a request would get there, or why it may not, as things are now."""
         source = self._instances.ledgers.get(move.source)
         destination = self._instances.ledgers.get(move.destination)
@@ -214,11 +231,15 @@ class MigrationBook:
         largest = min(request.num_prompt_tokens + request.max_tokens - 1, source.max_prompt_tokens)
         if largest > destination.max_prompt_tokens:
             return Dropped.TOO_LARGE
-        most = self._limits.max_migrations
+        most = self._limits.max_migrations if not is_after_prefill else self._limits.max_after_prefill
         if source.num_leaving >= most:
             return Dropped.SOURCE_BUSY
         if destination.num_coming >= most:
             return Dropped.DESTINATION_BUSY
+        if is_after_prefill:
+            both = source.spec.capabilities & destination.spec.capabilities
+            able = (way for way, capability in _AFTER_PREFILL if capability in both)
+            return next(able, Dropped.NO_WAY)
         return self._common_way(tracked, source, destination)
 
     def _common_way(
@@ -264,7 +285,7 @@ class MigrationBook:
         self._downtime += event.downtime
         self._num_bytes += event.num_bytes
         # The ledgers change hands before the migration is closed, which may forget a source that drained.
-        migration.source.credit(migration.request_id)
+        migration.source.credit(migration.tracked.request)
         self._instances.assign(migration.tracked, migration.destination.id)
         self._close(migration)
         return Commit(migration.id, migration.request_id)
@@ -307,6 +328,7 @@ class MigrationBook:
     def _abort(self, migration: Migration, cause: Cause, reason: str) -> AbortMigration:
         self._leave_state(migration, "aborted")
         self._num_aborted[cause] += 1
+        self._instances.unbook(migration.tracked)
         self._close(migration)
         return AbortMigration(migration.id, migration.request_id, reason)
 
@@ -350,11 +372,12 @@ class MigrationBook:
             recount = leaving[ledger.id], coming[ledger.id]
             if (ledger.num_leaving, ledger.num_coming) != recount:
                 raise LawBroken(f"law 12: {ledger.id} counts {ledger.num_migrations} migrations, there are {recount}")
-            if max(recount) > self._limits.max_migrations:
+            if max(recount) > max(self._limits.max_migrations, self._limits.max_after_prefill):
                 raise LawBroken(f"law 12: {ledger.id} is part of {recount} migrations, more than may be")
 
 
 _OPEN_STATES = [state for state in MIGRATION_LIFECYCLE.transitions if state not in MIGRATION_LIFECYCLE.final]
+_AFTER_PREFILL = ((Way.HAND_OFF, Capability.HAND_OVER_KV), (Way.COPY, Capability.COPY_KV))
 _STEP_OF: Mapping[type[MigrationEvent], str] = {
     RoomReserved: "reserved",
     CopyStarted: "copying",

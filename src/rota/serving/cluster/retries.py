@@ -42,3 +42,14 @@ class RetryRule:
         if known > max_prompt_anywhere:
             return f"no instance can go on with {known} tokens"
         return None
+
+    def reason(self, tracked: TrackedRequest, reason: str) -> str:
+        """Why an attempt is made, with why there is another one."""
+        if not tracked.failures:
+            return reason
+        failed_on, why = tracked.failures[-1]
+        of_all = f"attempt {tracked.num_attempts} of {self.max_attempts}"
+        if tracked.num_resumptions:
+            times = f"resumption {tracked.num_resumptions} of {self.max_resumptions}"
+            of_all = f"{times}, after {tracked.num_output_tokens} tokens"
+        return f"{of_all}, since {failed_on} failed ({why}): {reason}"

@@ -49,11 +49,13 @@ class TrackedRequest:
 
     __slots__ = (
         "admission",
+        "decode_at",
         "failures",
         "instance_id",
         "num_attempts",
         "num_output_tokens",
         "num_resumptions",
+        "prefill_only",
         "request",
         "state",
     )
@@ -69,6 +71,10 @@ class TrackedRequest:
         self.admission = ""
         """Why it was let in, until a command has said so."""
         self.failures: tuple[tuple[InstanceId, str], ...] = ()
+        self.prefill_only = False
+        """Whether it is to decode elsewhere, and the next token has not come yet."""
+        self.decode_at: InstanceId | None = None
+        """Where it is expected, until it has come there or will not."""
 
     @property
     def num_tokens(self) -> int:

@@ -115,6 +115,18 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Why the admission policy let it in; empty on a retry and after a hold, where that was said before."""
     num_output_tokens: int = 0
     """Tokens that the client has got already: the instance goes on from there (replay)."""
+    prefill_only: bool = False
+    """It is to rest when its next token has come, with its blocks: a `Migrate` or a `Stay` follows."""
+    decode_at: InstanceId | None = None
+    """Where it is to go on then, if that is known by now."""
+
+
+class Stay(msgspec.Struct, frozen=True, tag=True):
+    """A request that was dispatched for its prefill only goes on where it is. Nothing is owed."""
+
+    request_id: RequestId
+    instance_id: InstanceId
+    reason: str
 
 
 class Reject(msgspec.Struct, frozen=True, tag=True):
@@ -229,6 +241,7 @@ class StopInstance(msgspec.Struct, frozen=True, tag=True):
 
 ClusterCommand = (
     Dispatch
+    | Stay
     | Hold
     | Reject
     | Abort

@@ -1,7 +1,8 @@
 """The world around the router: arrivals, instances with their true output lengths, reports that come late, faults."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from rota.base.errors import ConfigError
@@ -10,7 +11,7 @@ from rota.base.journal import Journal
 from rota.runtime.faults import Fault, FaultPlan
 from rota.runtime.simulation import SimulationLoop
 from rota.serving.api import StepTimePredictor
-from rota.serving.assemble import CLUSTER, SystemConfig, build_cluster, build_instance
+from rota.serving.assemble import CLUSTER, SystemConfig, build_cluster, build_instance, refuse_roles
 from rota.serving.metrics.definitions import RequestRecord, Status
 from rota.serving.model.commands import (
     Abort,
@@ -24,6 +25,7 @@ from rota.serving.model.commands import (
     InstanceCommand,
     Migrate,
     Reject,
+    Stay,
 )
 from rota.serving.model.events import (
     ClientLeft,
@@ -34,8 +36,9 @@ from rota.serving.model.events import (
     RequestArrived,
     RequestFailed,
     RequestFinished,
+    StopAsked,
 )
-from rota.serving.model.instance import InstanceId, InstanceSpec
+from rota.serving.model.instance import InstanceId, InstanceSpec, Role
 from rota.serving.model.request import Request, RequestId
 from rota.serving.sim.ground_truth import GroundTruth
 from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, Lost, SequenceState, SimulatedInstance, SimulatedMachine
@@ -103,23 +106,29 @@ class SimulatedCluster:
         on_ended: Callable[[int, Instant], None] | None = None,
         followers: Followers | None = None,
         on_record: Callable[[RequestRecord], None] | None = None,
+        step_times: Mapping[InstanceId, StepTimePredictor] = MappingProxyType({}),
     ) -> None:
         """`followers` says which requests come because one has ended, beside those of `arrivals`. `on_ended(number of
-        requests ended, now)` is called now and then, for progress. Raises `ConfigError` for a fault at an unknown
-        instance."""
+        requests ended, now)` is called now and then, for progress. `step_times` are those of instances that are not
+        like the others. Raises `ConfigError` for a fault at an unknown instance."""
         self.config = config
         self.records: list[RequestRecord] = []
         self._engine = engine
         self.loop = SimulationLoop(options.start, journal)
         self._options = options
         self._step_time = step_time
+        self._step_times = step_times
         self._truth = GroundTruth()
         self._arrivals: Iterator[tuple[Request, int]] = iter(arrivals)
         self._open: dict[RequestId, _Open] = {}
-        if engine == "vllm" and config.stack.migration != "none":
+        refuse_roles(config.stack, config.instances)
+        has_roles = any(spec.role is not Role.MIXED for spec in config.instances)
+        if engine == "vllm" and (has_roles or config.stack.migration != "none"):
+            policy = f"dispatch policy {config.stack.dispatch!r}" if has_roles else ""
+            policy = policy or f"migration policy {config.stack.migration!r}"
             raise ConfigError(
-                f"vLLM's scheduler object cannot let requests go, as migration policy {config.stack.migration!r} would",
-                hint="simulate migrations with the model engine",
+                f"vLLM's scheduler object cannot let requests go, as {policy} would",
+                hint="simulate roles and migrations with the model engine",
             )
         self._instances: dict[InstanceId, SimulatedInstance] = {}
         self._retired: list[SimulatedMachine] = []
@@ -129,6 +138,8 @@ class SimulatedCluster:
         self._on_ended = on_ended
         self._on_record = self.records.append if on_record is None else on_record
         self._num_ended = 0
+        self._resting: list[_Open] = []
+        """Those who rest from the step on that is just ending."""
         self._followers = followers
         self._faults = faults
         self._spoils_messages = any(fault.kind in MESSAGE_FAULTS for fault in faults)
@@ -184,7 +195,12 @@ class SimulatedCluster:
                 num_given = command.num_output_tokens
                 self._fail_attempt(command.request_id, command.instance_id, "the instance is gone", num_given)
             else:
+                entry.rests_next, entry.decode_at = command.prefill_only, command.decode_at
                 instance.submit(entry.request, command.num_output_tokens)
+        elif isinstance(command, Stay):
+            instance = self._instances.get(command.instance_id)
+            if instance is not None:
+                instance.resume(command.request_id)
         elif isinstance(command, Abort):
             instance = self._instances.get(command.instance_id)
             if instance is not None:
@@ -195,7 +211,8 @@ class SimulatedCluster:
             self._end(command.request_id, "failed", now, command.reason)
         elif isinstance(command, Migrate | CopyOut | HandOver | Commit | AbortMigration):
             moving = self._open.get(command.request_id)
-            self.moves.carry_out(command, None if moving is None else moving.request, now)
+            request, decode_at = (None, None) if moving is None else (moving.request, moving.decode_at)
+            self.moves.carry_out(command, request, now, decode_at)
 
     # --- what instances give (Listener) ------------------------------------------------------------------------------
 
@@ -203,7 +220,18 @@ class SimulatedCluster:
         entry = self._open.get(request_id)
         if entry is not None and entry.first_token_at is None:
             entry.first_token_at = at
-            self.loop.deliver(CLUSTER, FirstTokenSeen(request_id, instance_id))
+            self._next_token(entry, instance_id, at)
+
+    def _next_token(self, entry: "_Open", instance_id: InstanceId, at: Instant) -> None:
+        """Tell the router that the next token of an attempt has come. One that was dispatched for its prefill rests
+        first, so that the router can send it on as it is."""
+        if not entry.rests_next:
+            self.loop.deliver(CLUSTER, FirstTokenSeen(entry.request.id, instance_id))
+            return
+        entry.rests_next = False
+        entry.stopped_at = at
+        self._resting.append(entry)
+        self._instances[instance_id].tell(StopAsked(entry.request.id))
 
     def on_finished(
         self, instance_id: InstanceId, at: Instant, sequence: SequenceState, num_output_tokens: int
@@ -226,7 +254,7 @@ class SimulatedCluster:
             entry.downtime += at - entry.stopped_at
             entry.stopped_at = None
         # For one that was dispatched again this is the first token of the attempt; else it is known that it runs.
-        self.loop.deliver(CLUSTER, FirstTokenSeen(request_id, instance_id))
+        self._next_token(entry, instance_id, at)
 
     def _say(self, fact: MigrationFact, source: InstanceId, destination: InstanceId) -> None:
         """Tell the router of a move: at once, late, twice or not at all."""
@@ -253,7 +281,7 @@ class SimulatedCluster:
 
     def _on_stopped(self, request_id: RequestId, at: Instant) -> None:
         entry = self._open.get(request_id)
-        if entry is not None:
+        if entry is not None and entry.stopped_at is None:
             entry.stopped_at = at
 
     def _on_handed_over(self, request_id: RequestId, sequence: SequenceState, instance_id: InstanceId) -> None:
@@ -264,6 +292,11 @@ class SimulatedCluster:
         entry.num_preemptions += sequence.num_preemptions
 
     def on_step(self, instance_id: InstanceId, at: Instant) -> None:
+        if self._resting:
+            resting, self._resting = self._resting, []
+            for entry in resting:
+                if entry.request.id in self._open:
+                    self.loop.deliver(CLUSTER, FirstTokenSeen(entry.request.id, instance_id))
         self.sampler.on_step(instance_id, at, self._instances[instance_id].machine)
 
     def _end(
@@ -318,7 +351,7 @@ class SimulatedCluster:
             self.loop,
             spec,
             machine,
-            self._step_time,
+            self._step_times.get(spec.id, self._step_time),
             self._truth,
             self,
             step_overhead=self._options.step_overhead,
@@ -427,6 +460,7 @@ class _Open:
     """What the world notes about a request that has not ended."""
 
     __slots__ = (
+        "decode_at",
         "downtime",
         "first_token_at",
         "instance_id",
@@ -434,6 +468,7 @@ class _Open:
         "num_migrations",
         "num_preemptions",
         "request",
+        "rests_next",
         "stopped_at",
     )
 
@@ -448,3 +483,7 @@ class _Open:
         """At the instances that it has left."""
         self.downtime = 0
         self.stopped_at: Instant | None = None
+        self.rests_next = False
+        """Whether it was dispatched for its prefill, and its next token has not come."""
+        self.decode_at: InstanceId | None = None
+        """Where its blocks go while its prompt is computed."""

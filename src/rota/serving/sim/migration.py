@@ -60,6 +60,10 @@ class Transfer:
     """A request stops for its last blocks once it has no more left than these. Llumnix's default."""
     max_stages: int = 3
     """Or after so many stages, however much it has produced meanwhile. Llumnix's default."""
+    share_sent_in_prefill: float = 0.9
+    """Of the blocks of a request whose place to decode is known when its prefill begins: they go there layer by layer
+    while the prompt is computed, and the rest once it is. Splitwise's simulator takes ten times the bandwidth for such
+    a transfer, which is the same; as there, what goes meanwhile takes no turn on the links."""
 
 
 class Links:
@@ -97,6 +101,10 @@ class _Move:
     way: Way
     num_preemptions: int
     """At the source, when it began: one more and its blocks are others."""
+    rests: bool
+    """Whether it rested already when it began: it was dispatched for its prefill."""
+    share_to_send: float
+    """Of its blocks; the others are there already."""
     phase: Phase = "asking"
     num_stages: int = 0
     num_tokens: int = 0
@@ -143,10 +151,13 @@ class Moves:
 
     # --- from the router ---------------------------------------------------------------------------------------------
 
-    def carry_out(self, command: MigrationCommand, request: Request | None, now: Instant) -> None:
-        """Do what the machine ordered. `request` is None for one that has ended."""
+    def carry_out(
+        self, command: MigrationCommand, request: Request | None, now: Instant, decode_at: InstanceId | None = None
+    ) -> None:
+        """Do what the machine ordered. `request` is None for one that has ended; `decode_at` is where its blocks went
+        while its prompt was computed."""
         if isinstance(command, Migrate):
-            self._begin(command, request)
+            self._begin(command, request, decode_at)
             return
         move = self._moves.get(command.migration_id)
         if isinstance(command, AbortMigration):
@@ -197,7 +208,7 @@ class Moves:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _begin(self, command: Migrate, request: Request | None) -> None:
+    def _begin(self, command: Migrate, request: Request | None, decode_at: InstanceId | None) -> None:
         source = self._instances.get(command.source)
         destination = self._instances.get(command.destination)
         reason = None
@@ -214,9 +225,16 @@ class Moves:
             reason = _why_not(request, sequence, command.way, source.spec.limits, destination.spec.limits)
         if reason is not None or request is None or source is None or destination is None or sequence is None:
             failed = MigrationFailed(command.migration_id, reason or "the request has ended")
+            if source is not None and command.request_id not in self._of_request:
+                source.resume(command.request_id)
             self._hooks.say(failed, command.source, command.destination)
             return
-        move = _Move(command.migration_id, request, source, destination, command.way, sequence.num_preemptions)
+        rests = sequence.state == "resting"
+        share = 1.0
+        if rests and command.destination == decode_at:
+            share -= self._transfer.share_sent_in_prefill
+        num_preemptions = sequence.num_preemptions
+        move = _Move(command.migration_id, request, source, destination, command.way, num_preemptions, rests, share)
         self._moves[move.id] = self._of_request[request.id] = move
         if move.way is Way.REPLAY:
             move.phase = "kept"
@@ -273,7 +291,7 @@ class Moves:
         sequence = move.source.machine.sequence(move.request.id)
         if sequence is None:
             self._fail(move, "the request has ended")
-        elif sequence.state != "running" or sequence.num_preemptions != move.num_preemptions:
+        elif sequence.state not in ("running", "resting") or sequence.num_preemptions != move.num_preemptions:
             self._fail(move, "the request was preempted")
         else:
             return sequence
@@ -302,7 +320,8 @@ class Moves:
         """Put the blocks that are not there yet on the link."""
         per_block = move.source.spec.limits.block_size * self._transfer.kv_bytes_per_token
         num_bytes = (num_blocks - move.num_blocks_copied) * per_block
-        at = self._links.send(move.source.spec.id, move.destination.spec.id, num_bytes, now)
+        num_left = round(num_bytes * move.share_to_send)
+        at = self._links.send(move.source.spec.id, move.destination.spec.id, num_left, now)
 
         def arrive(later: Instant) -> None:
             move.copying = None
@@ -337,7 +356,7 @@ class Moves:
             self._loop.cancel(move.copying)
         if move.way is not Way.REPLAY:
             move.destination.tell(RoomGivenUp(move.request.id))
-        if move.phase in ("stopping", "last", "handed"):
+        if move.rests or move.phase in ("stopping", "last", "handed"):
             move.source.resume(move.request.id)
 
     def _forget(self, move: _Move) -> None:
@@ -353,7 +372,7 @@ def _why_not(
 ) -> str | None:
     if request is None or sequence is None:
         return "the request is not at its source"
-    if sequence.state != "running" or sequence.num_tokens == request.num_prompt_tokens:
+    if sequence.state not in ("running", "resting") or sequence.num_tokens == request.num_prompt_tokens:
         return "the request does not decode"
     if way is not Way.REPLAY and here.block_size != there.block_size:
         return f"blocks of {here.block_size} tokens do not fit into blocks of {there.block_size}"

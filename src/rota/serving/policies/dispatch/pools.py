@@ -1,0 +1,118 @@
+"""Prompts in one pool of instances, decodes in another, and between them those that do both for a while."""
+
+from collections.abc import Sequence
+
+from rota.base.errors import ConfigError
+from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, InstanceView, Pick, Request, Role
+from rota.serving.policies.dispatch.scoring import load_scores
+
+
+class Pools:
+    """A prefill instance with the fewest pending tokens computes the prompt, a decode instance with the least memory
+    booked generates; where a pool is full, instances of the other one do both until they are idle.
+
+    Rule: Splitwise (ISCA 2024), as its simulator has it. The prompt goes to the fewest pending tokens in the prefill
+    pool, unless those and the prompt are more than `max_pending_tokens`; then likewise in the mixed pool; then one of
+    the decode pool, with the fewest pending tokens, joins the mixed pool and takes it. The decode goes to the fewest
+    booked tokens in the decode pool, unless the request does not fit into what is left of its memory; then likewise in
+    the mixed pool; then one of the prefill pool joins the mixed pool. Where that leads nowhere, both phases run where
+    the fewest tokens are pending. An instance that joined goes home when it has nothing to do. Both places are chosen
+    with the dispatch, so that blocks can travel while the prompt is computed; a move that cannot be begun leaves the
+    request where it is.
+
+    Instances of role `mixed` are in the mixed pool for good; with such instances alone all run together.
+
+    Published: `max_pending_tokens`, and 10 of a prompt's tokens for each of output in nothing: Splitwise books the true
+    length of each answer, which nobody knows. Ours: `expected_output_tokens`, so many are booked for each request, or
+    fewer where the client allows fewer; and a queue counts as empty where the instance owes no prompt.
+
+    Good where prompts disturb decodes more than a transfer costs, and where one phase runs well on cheaper hardware.
+    Starves nobody, but a decode that shares its instance with prompts of the mixed pool waits for them.
+    """
+
+    requires: EngineCapabilities = NOTHING
+    reads_roles = True
+
+    def __init__(self, *, max_pending_tokens: int = 8192, expected_output_tokens: int = 256) -> None:
+        """`max_pending_tokens` bounds a prefill queue, at least 1; `expected_output_tokens` is booked for each request,
+        at least 0. Raises `ConfigError` outside of that."""
+        if max_pending_tokens < 1:
+            raise ConfigError(f"pools: max_pending_tokens must be at least 1, not {max_pending_tokens}")
+        if expected_output_tokens < 0:
+            raise ConfigError(f"pools: expected_output_tokens must be at least 0, not {expected_output_tokens}")
+        self._max_pending_tokens = max_pending_tokens
+        self._expected_output_tokens = expected_output_tokens
+        self._joined: set[InstanceId] = set()
+
+    def pick(self, request: Request, cluster: ClusterView) -> Pick:
+        if all(view.role is Role.MIXED for view in cluster.instances):
+            chosen = min(cluster.instances, key=_num_pending)
+            return Pick(chosen.id, f"no roles; fewest pending tokens ({_num_pending(chosen)})")
+        pools = self._pools(cluster.instances)
+        prefill, why_prefill = self._place_prefill(request, pools)
+        decode, why_decode = self._place_decode(request, pools)
+        scores = load_scores(cluster.instances)
+        if prefill is None or decode is None:
+            chosen = min(cluster.instances, key=_num_pending)
+            return Pick(chosen.id, f"every pool is full: both phases where {_num_pending(chosen)} tokens pend", scores)
+        if prefill is decode:
+            return Pick(prefill.id, f"both phases: {why_prefill}; {why_decode}", scores)
+        return Pick(prefill.id, f"{why_prefill}; then {decode.id}: {why_decode}", scores, decode_at=decode.id)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _pools(self, instances: Sequence[InstanceView]) -> dict[Role, list[InstanceView]]:
+        """The instances by the pool that they are in, each by id. Those that joined and are idle go home."""
+        pools: dict[Role, list[InstanceView]] = {role: [] for role in Role}
+        joined = set()
+        for view in instances:
+            role = view.role
+            if view.id in self._joined and (view.num_outstanding_requests or view.num_expected_requests):
+                joined.add(view.id)
+                role = Role.MIXED
+            pools[role].append(view)
+        self._joined = joined
+        return pools
+
+    def _place_prefill(
+        self, request: Request, pools: dict[Role, list[InstanceView]]
+    ) -> tuple[InstanceView | None, str]:
+        for role in (Role.PREFILL, Role.MIXED):
+            chosen = min(pools[role], key=_num_pending, default=None)
+            if chosen is not None and self._has_short_queue(chosen, request):
+                return chosen, f"fewest pending tokens ({_num_pending(chosen)}) of the {role} pool"
+        chosen = min(pools[Role.DECODE], key=_num_pending, default=None)
+        if chosen is not None:
+            self._joined.add(chosen.id)
+            return chosen, f"prefill queues are full: {chosen.id} of the decode pool takes prompts"
+        return None, ""
+
+    def _place_decode(self, request: Request, pools: dict[Role, list[InstanceView]]) -> tuple[InstanceView | None, str]:
+        for role in (Role.DECODE, Role.MIXED):
+            chosen = min(pools[role], key=_num_booked, default=None)
+            if chosen is not None and self._has_memory(chosen, request):
+                return chosen, f"fewest booked tokens ({_num_booked(chosen)}) of the {role} pool"
+        chosen = min(pools[Role.PREFILL], key=_num_booked, default=None)
+        if chosen is not None:
+            self._joined.add(chosen.id)
+            return chosen, f"decode memory is full: {chosen.id} of the prefill pool decodes"
+        return None, ""
+
+    def _has_short_queue(self, view: InstanceView, request: Request) -> bool:
+        num_pending = _num_pending(view)
+        return num_pending == 0 or num_pending + request.num_prompt_tokens <= self._max_pending_tokens
+
+    def _has_memory(self, view: InstanceView, request: Request) -> bool:
+        """Whether the request fits, with the output that is expected of it and of all who are booked there."""
+        num_requests = view.num_outstanding_requests + view.num_expected_requests
+        expected = num_requests * self._expected_output_tokens + min(self._expected_output_tokens, request.max_tokens)
+        return _num_booked(view) + request.num_prompt_tokens + expected < view.num_blocks * view.block_size
+
+
+def _num_pending(view: InstanceView) -> int:
+    """Prompt tokens that wait for their first token."""
+    return view.num_outstanding_tokens
+
+
+def _num_booked(view: InstanceView) -> int:
+    return view.num_booked_tokens
