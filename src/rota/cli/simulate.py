@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rota.base.errors import ConfigError
 from rota.cli.flags import Json, Seed, at_least, positive, refuse_unwritable, writing
 from rota.cli.output import Progress, print_json, print_table, say, warn
-from rota.cli.targets import slo_of
+from rota.cli.targets import roles_of, slo_of
 
 if TYPE_CHECKING:
     from rota.serving.api import InstanceLimits
@@ -28,7 +29,11 @@ class Engine(StrEnum):
 
 def simulate(
     trace: Annotated[Path, typer.Option(help="Trace file; the format is recognised from its content.")],
-    instances: Annotated[int, typer.Option(help="Number of engines behind the router.")] = 1,
+    instances: Annotated[int | None, typer.Option(help="Number of engines behind the router; 1 unless said.")] = None,
+    roles: Annotated[
+        str | None,
+        typer.Option(help="Their roles, such as prefill:2,decode:6; needs a dispatch policy that looks at roles."),
+    ] = None,
     profile: Annotated[
         str, typer.Option(help="Model and accelerator: a shipped name, a TOML file or a folder of layer tables.")
     ] = "llama-3.1-8b-a100",
@@ -64,9 +69,13 @@ def simulate(
     from rota.serving.sim.run import simulate as run
     from rota.serving.stack import load_stack
 
+    given = () if roles is None else roles_of("--roles", roles)
+    if given and instances not in (None, len(given)):
+        raise ConfigError(f"--roles: gives {len(given)} instances, and --instances says {instances}")
     config = SimulationConfig(
         trace=trace,
-        num_instances=at_least("--instances", instances, 1),
+        num_instances=len(given) or at_least("--instances", 1 if instances is None else instances, 1),
+        roles=given,
         profile=profile,
         stack=load_stack(stack),
         seed=seed,

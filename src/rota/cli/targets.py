@@ -1,13 +1,16 @@
-"""Targets as the command line takes them: `ttft=500ms,tpot=50ms,e2e=10s`; a bare number is in milliseconds."""
+"""What the command line takes in one word: targets such as `ttft=500ms,tpot=50ms,e2e=10s`, where a bare number is in
+milliseconds, and roles such as `prefill:2,decode:6`."""
 
 import math
 
 from rota.base.errors import ConfigError
 from rota.base.instant import milliseconds
 from rota.base.nearest import did_you_mean
+from rota.serving.model.instance import Role
 from rota.serving.model.request import SLO
 
 _NAMES = ("ttft", "tpot", "e2e")
+_INSTANCES_MAX = 10_000
 _UNITS = {"ms": 1.0, "s": 1000.0, "": 1.0}
 
 
@@ -31,6 +34,25 @@ def slo_of(flag: str, text: str | None) -> SLO:
             raise ConfigError(f"{flag}: {name} must be a number of milliseconds above 0, not {value!r}")
         targets[name] = milliseconds(number)
     return SLO(**targets)
+
+
+def roles_of(flag: str, text: str) -> tuple[Role, ...]:
+    """Parse the roles of a fleet, such as `prefill:2,decode:6`: one an instance, in the order given. Raises
+    `ConfigError` that begins with the flag."""
+    roles: list[Role] = []
+    for part in text.split(","):
+        name, colon, count = part.strip().partition(":")
+        if name not in list(Role):
+            raise ConfigError(f"{flag}: unknown role {name!r}", hint=did_you_mean(name, list(Role)))
+        if not colon or not (count.isascii() and count.isdigit() and 1 <= int(count) <= _INSTANCES_MAX):
+            raise ConfigError(
+                f"{flag}: {name} needs a number of instances from 1 to {_INSTANCES_MAX:,}, not {count!r}",
+                hint="such as prefill:2,decode:6",
+            )
+        if Role(name) in roles:
+            raise ConfigError(f"{flag}: {name} is given twice")
+        roles += [Role(name)] * int(count)
+    return tuple(roles)
 
 
 def promise_of(flag: str, text: str) -> tuple[SLO, float]:

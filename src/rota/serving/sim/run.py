@@ -15,7 +15,7 @@ from rota.serving.assemble import SystemConfig, header_of
 from rota.serving.metrics.definitions import RequestRecord, Samples
 from rota.serving.metrics.records_file import RecordsFile
 from rota.serving.metrics.summary import RunFacts, Summary, Tally
-from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
+from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec, Role
 from rota.serving.model.request import SLO, Request
 from rota.serving.predictors.step_time.profiles import load_profile
 from rota.serving.sim.cluster import EngineKind, SimulatedCluster, WorldOptions
@@ -34,6 +34,8 @@ class SimulationConfig:
 
     trace: Path
     num_instances: int = 1
+    roles: tuple[Role, ...] = ()
+    """One an instance; all are mixed if empty."""
     profile: str = "llama-3.1-8b-a100"
     stack: StackConfig = StackConfig()
     seed: int = 0
@@ -71,10 +73,12 @@ def system_config(config: SimulationConfig) -> SystemConfig:
     """The machines of this run."""
     limits = limits_of(config)
     width = len(str(max(config.num_instances - 1, 0)))
+    roles = config.roles or (Role.MIXED,) * config.num_instances
     return SystemConfig(
         stack=config.stack,
         instances=tuple(
-            InstanceSpec(id=InstanceId(f"i{number:0{width}d}"), limits=limits) for number in range(config.num_instances)
+            InstanceSpec(id=InstanceId(f"i{number:0{width}d}"), limits=limits, role=role)
+            for number, role in enumerate(roles)
         ),
         seed=config.seed,
     )
