@@ -12,7 +12,7 @@ from rota.cli.output import Progress, print_json, print_table, say, warn
 from rota.cli.targets import roles_of, slo_of
 
 if TYPE_CHECKING:
-    from rota.serving.api import InstanceLimits
+    from rota.serving.api import InstanceLimits, Role
     from rota.serving.metrics.summary import GroupSummary, Summary
     from rota.serving.sim.run import SimulationConfig, SimulationResult
 
@@ -30,10 +30,7 @@ class Engine(StrEnum):
 def simulate(
     trace: Annotated[Path, typer.Option(help="Trace file; the format is recognised from its content.")],
     instances: Annotated[int | None, typer.Option(help="Number of engines behind the router; 1 unless said.")] = None,
-    roles: Annotated[
-        str | None,
-        typer.Option(help="Their roles, such as prefill:2,decode:6; needs a dispatch policy that looks at roles."),
-    ] = None,
+    roles: Annotated[str | None, typer.Option(help="Their roles, such as prefill:2,decode:6.")] = None,
     profile: Annotated[
         str, typer.Option(help="Model and accelerator: a shipped name, a TOML file or a folder of layer tables.")
     ] = "llama-3.1-8b-a100",
@@ -69,13 +66,9 @@ def simulate(
     from rota.serving.sim.run import simulate as run
     from rota.serving.stack import load_stack
 
-    given = () if roles is None else roles_of("--roles", roles)
-    if given and instances not in (None, len(given)):
-        raise ConfigError(f"--roles: gives {len(given)} instances, and --instances says {instances}")
     config = SimulationConfig(
         trace=trace,
-        num_instances=len(given) or at_least("--instances", 1 if instances is None else instances, 1),
-        roles=given,
+        roles=_fleet(instances, roles),
         profile=profile,
         stack=load_stack(stack),
         seed=seed,
@@ -99,12 +92,22 @@ def simulate(
     summary = result.summary
     _warn_of_input(result, trace, is_given=engine_settings is not None)
     if report is not None:
-        with writing("--report", report):
-            _write_report(report, config, result)
-        say(f"report: {report}")
+        _write_report(report, config, result)
     print_json(summary) if json else _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
+
+
+def _fleet(instances: int | None, roles: str | None) -> "tuple[Role, ...]":
+    """One role an instance."""
+    from rota.serving.api import Role
+
+    if roles is None:
+        return (Role.MIXED,) * at_least("--instances", 1 if instances is None else instances, 1)
+    given = roles_of("--roles", roles)
+    if instances not in (None, len(given)):
+        raise ConfigError(f"--roles: gives {len(given)} instances, and --instances says {instances}")
+    return given
 
 
 def _warn_of_input(result: "SimulationResult", trace: Path, *, is_given: bool) -> None:
@@ -151,15 +154,18 @@ def _write_report(path: Path, config: "SimulationConfig", result: "SimulationRes
     from rota.serving.metrics.report import write_run_report
 
     summary = result.summary
-    write_run_report(
-        path,
-        f"{config.trace.name} on {config.num_instances} × {config.profile}",
-        records=result.records,
-        summary=summary,
-        samples=result.samples,
-        num_blocks={spec.id: spec.limits.num_blocks for spec in result.system.instances},
-        provenance=provenance(seed=config.seed, config_hash=summary.config_hash, journal_digest=summary.journal_digest),
-    )
+    described = provenance(seed=config.seed, config_hash=summary.config_hash, journal_digest=summary.journal_digest)
+    with writing("--report", path):
+        write_run_report(
+            path,
+            f"{config.trace.name} on {len(result.system.instances)} × {config.profile}",
+            records=result.records,
+            summary=summary,
+            samples=result.samples,
+            num_blocks={spec.id: spec.limits.num_blocks for spec in result.system.instances},
+            provenance=described,
+        )
+    say(f"report: {path}")
 
 
 def _print(summary: "Summary") -> None:

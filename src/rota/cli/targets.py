@@ -43,7 +43,7 @@ def roles_of(flag: str, text: str) -> tuple[Role, ...]:
     for part in text.split(","):
         name, colon, count = part.strip().partition(":")
         if name not in list(Role):
-            raise ConfigError(f"{flag}: unknown role {name!r}", hint=did_you_mean(name, list(Role)))
+            raise ConfigError(f"{flag}: unknown role {name!r}", hint=did_you_mean(name, [str(role) for role in Role]))
         if not colon or not (count.isascii() and count.isdigit() and 1 <= int(count) <= _INSTANCES_MAX):
             raise ConfigError(
                 f"{flag}: {name} needs a number of instances from 1 to {_INSTANCES_MAX:,}, not {count!r}",

@@ -7,7 +7,7 @@ import pytest
 
 from rota.base.errors import ConfigError, DataError
 from rota.serving.predictors.step_time import STEP_TIMES
-from rota.serving.predictors.step_time.phases import PhaseStepTime
+from rota.serving.predictors.step_time.phases import PhasesStepTime
 from rota.testing.step_time import check_step_time
 
 DATA = Path(os.environ.get("ROTA_DATA", Path(__file__).parents[4] / "shared"))
@@ -16,7 +16,7 @@ HEADER = "model,hardware,prompt_size,batch_size,token_size,prompt_time,token_tim
 
 
 def predictor(model="bloom-176b", hardware="a100-80gb", **others):
-    return PhaseStepTime(table=str(TABLE), model=model, hardware=hardware, **others)
+    return PhasesStepTime(table=str(TABLE), model=model, hardware=hardware, **others)
 
 
 def prompts(measured, *sizes, context=0, num_decodes=0):
@@ -82,9 +82,9 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, text, what):
     path = tmp_path / "table.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=what):
-        PhaseStepTime(table=str(path), model="m", hardware="h")
+        PhasesStepTime(table=str(path), model="m", hardware="h")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        PhaseStepTime(table=str(tmp_path / "none.csv"), model="m", hardware="h")
+        PhasesStepTime(table=str(tmp_path / "none.csv"), model="m", hardware="h")

@@ -35,7 +35,7 @@ class SimulationConfig:
     trace: Path
     num_instances: int = 1
     roles: tuple[Role, ...] = ()
-    """One an instance; all are mixed if empty."""
+    """One an instance; if empty, all of `num_instances` are mixed."""
     profile: str = "llama-3.1-8b-a100"
     stack: StackConfig = StackConfig()
     seed: int = 0

@@ -10,7 +10,7 @@ STEP_TIMES = Registry(
         "calibrated": "rota.serving.predictors.step_time.calibrated:CalibratedStepTime",
         "grid": "rota.serving.predictors.step_time.grid:GridStepTime",
         "layerwise": "rota.serving.predictors.step_time.layerwise:LayerwiseStepTime",
-        "phases": "rota.serving.predictors.step_time.phases:PhaseStepTime",
+        "phases": "rota.serving.predictors.step_time.phases:PhasesStepTime",
     },
     entry_point_group="rota.step_times",
 )

@@ -17,7 +17,7 @@ _KNEE_TOKENS = 2048
 """Prompt tokens up to which the published prompt times are near a straight line; beyond, attention shows."""
 
 
-class PhaseStepTime:
+class PhasesStepTime:
     """Prompts cost by the tokens of the step, decodes by how many there are, and a step of both a tenth more than
     prompts of as many tokens.
 
