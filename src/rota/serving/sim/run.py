@@ -72,8 +72,8 @@ class SimulationResult:
 def system_config(config: SimulationConfig) -> SystemConfig:
     """The machines of this run."""
     limits = limits_of(config)
-    width = len(str(max(config.num_instances - 1, 0)))
     roles = config.roles or (Role.MIXED,) * config.num_instances
+    width = len(str(max(len(roles) - 1, 0)))
     return SystemConfig(
         stack=config.stack,
         instances=tuple(
