@@ -19,7 +19,8 @@ STORE = 80 * 2**20
 @contextmanager
 def nodes(num_nodes: int, **resources: Any) -> Iterator[Cluster]:
     """So many nodes, the head among them, with the driver joined to the head."""
-    told = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING": "0"}
+    # Ray would end engines where other work on this machine leaves it little memory.
+    told = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     options = {"object_store_memory": STORE, **resources}

@@ -59,8 +59,7 @@ async def served(
 ) -> AsyncIterator[tuple[RunningRouter, list[RayEngine]]]:
     cluster = RayCluster(None, needs or Needs())
     engines = [RayEngine(plan(folder, index, **changed), cluster) for index in range(num_engines)]
-    async with running_router(num_simulated=0, engines=engines, serve=QUICK) as running:
-        await running.router.wait_ready(num_engines, timeout_seconds=60)
+    async with running_router(num_simulated=0, engines=engines, serve=QUICK, ready_seconds=60.0) as running:
         yield running, engines
 
 

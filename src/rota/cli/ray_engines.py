@@ -88,8 +88,6 @@ def ray_choice(
     on: str, cpus: float | None, gpus: float | None, resources: Sequence[str] | None, *, await_nodes: bool
 ) -> RayChoice | None:
     """What the flags choose; None is this machine. Raises `ConfigError` naming the flag."""
-    from rota.serving.engines.ray.cluster import Needs
-
     word, equals, address = on.partition("=")
     if word not in (LOCAL, RAY) or (equals and (word == LOCAL or not address)):
         raise ConfigError(f"--on: must be local, ray or ray=ADDRESS, not {on!r}")
@@ -100,12 +98,19 @@ def ray_choice(
             if value is not None:
                 raise ConfigError(f"{flag}: is about engines on a Ray cluster", hint="add --on ray")
         return None
-    num_cpus = at_least_zero("--cpus-per-instance", 1.0 if cpus is None else cpus)
-    num_gpus = at_least_zero("--gpus-per-instance", gpus or 0.0)
+    needs = needs_of(1.0 if cpus is None else cpus, gpus or 0.0, resources or ())
+    return RayChoice(address or None, needs, await_nodes=await_nodes)
+
+
+def needs_of(cpus: float, gpus: float, resources: Sequence[str]) -> "Needs":
+    """What one engine takes of its node. Raises `ConfigError` naming the flag."""
+    from rota.serving.engines.ray.cluster import Needs
+
+    num_cpus = at_least_zero("--cpus-per-instance", cpus)
+    num_gpus = at_least_zero("--gpus-per-instance", gpus)
     if num_gpus > 1 and num_gpus != int(num_gpus):
         raise ConfigError(f"--gpus-per-instance: Ray gives a part of one GPU or whole ones, not {num_gpus:g}")
-    needs = Needs(num_cpus, num_gpus, dict(map(_resource, resources or ())))
-    return RayChoice(address or None, needs, await_nodes=await_nodes)
+    return Needs(num_cpus, num_gpus, dict(map(_resource, resources)))
 
 
 def _resource(word: str) -> tuple[str, float]:

@@ -41,6 +41,7 @@ async def running_router(
     step_time: StepTimePredictor | None = None,
     serve: ServeConfig | None = None,
     seed: int = 0,
+    ready_seconds: float = 10.0,
 ) -> AsyncIterator[RunningRouter]:
     """Run a router over simulated engines `sim-0`, `sim-1`, …, and over any others that are given; its journal keeps
     its rows. Steps take about a millisecond unless `step_time` says otherwise."""
@@ -56,5 +57,5 @@ async def running_router(
     simulated = simulated_engines(loop, system, config, predictor)
     router = Router(serve or ServeConfig(port=0), loop, system.cluster, [*simulated, *engines])
     async with router:
-        await router.wait_ready(len(router.engines), timeout_seconds=10.0)
+        await router.wait_ready(len(router.engines), timeout_seconds=ready_seconds)
         yield RunningRouter(router, config, journal, simulated)
