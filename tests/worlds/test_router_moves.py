@@ -47,7 +47,7 @@ class Shuttle:
 
 @asynccontextmanager
 async def shuttled(
-    breaks: Iterable[Break | None] = (), policy: MigrationPolicy | None = None
+    breaks: Iterable[Break | None] = (), policy: MigrationPolicy | None = None, *, hand_off: bool = False
 ) -> AsyncIterator[tuple[Router, list[TokenServer], Journal]]:
     """A router over three servers, whose streams `policy` moves; without one, all of them, all the time."""
     left = list(breaks)
@@ -56,7 +56,7 @@ async def shuttled(
     machine = ClusterMachine(RoundRobin(), BoundedQueue(), migration=policy)
     journal = Journal(header_of(SystemConfig()), keep_rows=True)
     watch = WatchSettings(interval_seconds=0.05, starting_interval_seconds=0.01)
-    engines = await token_engines(servers, probe_timeout_seconds=1.0)
+    engines = await token_engines(servers, probe_timeout_seconds=1.0, hand_off=hand_off)
     router = Router(ServeConfig(port=0, watch=watch), LiveLoop(SystemClock(), journal), machine, engines)
     if isinstance(policy, Shuttle):
         policy.router = router
@@ -66,7 +66,8 @@ async def shuttled(
             yield router, servers, journal
             machine.check()
             assert not router.cluster.flights
-            assert not router.cluster.moves._begun and not router.cluster.moves._on_their_way
+            moves = router.cluster.moves
+            assert not moves._begun and not moves._on_their_way and not moves._letting_go and not moves._handed_over
     finally:
         for server in servers:
             server.die()

@@ -21,6 +21,7 @@ from rota.serving.model.commands import (
     Hold,
     KeepInstance,
     Migrate,
+    MoveRefused,
     Reject,
     RunStep,
     StartInstance,
@@ -288,6 +289,8 @@ class _Teller:
                 self._move = command
                 text = f"to be moved from {command.source} to {command.destination} {HOW[command.way]}"
                 self._tell("move_begun", f"{text}: {command.reason}")
+            case MoveRefused():
+                self._tell("move_refused", f"not moved, as was asked for: {command.reason}")
             case HandOver() if self._move is not None:
                 self._tell(
                     "hand_over", f"room is kept at {self._move.destination}; told to stop at {self._move.source}"

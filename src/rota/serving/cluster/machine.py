@@ -41,6 +41,7 @@ from rota.serving.model.commands import (
     Fail,
     Hold,
     KeepInstance,
+    Migrate,
     Reject,
 )
 from rota.serving.model.events import (
@@ -57,6 +58,7 @@ from rota.serving.model.events import (
     InstanceStarting,
     InstanceStopped,
     MigrationFailed,
+    MoveAsked,
     RequestArrived,
     RequestFailed,
     RequestFinished,
@@ -199,16 +201,16 @@ class ClusterMachine:
                 return self._client_left(event.request_id)
             case InstanceStarted():
                 return self._instance_started(event.spec, now)
-            case InstanceLost():
+            case InstanceLost() | InstanceStopped():
                 return self._instance_left(event.instance_id, "lost")
             case InstanceDraining():
                 return self._instance_left(event.instance_id, "draining")
+            case MoveAsked():
+                return (self._migrations.begin_asked(event, self._requests.get(event.request_id), now),)
             case RoomReserved() | CopyStarted() | CopyCaughtUp() | HandedOver() | MigrationFailed():
                 return self._migrations.take(event, now)
             case ScalingDue():
                 return self._scale(event, now)
-            case InstanceStopped():
-                return self._instance_left(event.instance_id, "lost")
             case InstanceStarting() | StartFailed():
                 return ()  # The fleet hears it.
             case _:
@@ -233,10 +235,8 @@ class ClusterMachine:
             overdue.append(self._requests[request_id])
         waited = f"no instance could take the request within {to_seconds(self._hold_timeout):g} s"
         commands += [self._give_up(tracked, waited) for tracked in overdue]
-        for move in moves:
-            begun = self._migrations.begin(move, self._requests.get(move.request_id), now)
-            if begun is not None:
-                commands.append(begun)
+        begun = [self._migrations.begin(move, self._requests.get(move.request_id), now) for move in moves]
+        commands += [each for each in begun if isinstance(each, Migrate)]
         if self.fleet is not None:
             commands += self.fleet.heard(None, now)
         self._rounds.keep_asking(None, bool(self._requests), now)

@@ -30,8 +30,17 @@ from rota.serving.cluster.ledger import InstanceLedger
 from rota.serving.cluster.lifecycles import MIGRATION_LIFECYCLE, InstanceState, MigrationState, RequestState
 from rota.serving.cluster.tracked import TrackedRequest
 from rota.serving.model.capabilities import Capability
-from rota.serving.model.commands import AbortMigration, ClusterCommand, Commit, CopyOut, HandOver, Migrate, Way
-from rota.serving.model.events import CopyCaughtUp, CopyStarted, HandedOver, MigrationFailed, RoomReserved
+from rota.serving.model.commands import (
+    AbortMigration,
+    ClusterCommand,
+    Commit,
+    CopyOut,
+    HandOver,
+    Migrate,
+    MoveRefused,
+    Way,
+)
+from rota.serving.model.events import CopyCaughtUp, CopyStarted, HandedOver, MigrationFailed, MoveAsked, RoomReserved
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import RequestId
 
@@ -182,13 +191,23 @@ class MigrationBook:
 
     # --- begin -------------------------------------------------------------------------------------------------------
 
-    def begin(self, move: Move, tracked: TrackedRequest | None, now: Instant) -> Migrate | None:
-        """Open a migration, or count why not: what the policy saw was late."""
-        way = self._way_of(move, tracked)
-        if isinstance(way, Dropped) or tracked is None:
-            self._num_dropped[Dropped(way)] += 1
-            return None
-        return self._open_one(move, tracked, way, now)
+    def begin_asked(self, asked: MoveAsked, tracked: TrackedRequest | None, now: Instant) -> Migrate | MoveRefused:
+        """Open the migration that somebody asked for, by the same rules as one that a policy wants."""
+        source = tracked.instance_id if tracked is not None else None
+        move = Move(asked.request_id, source or asked.destination, asked.destination, "asked for by hand")
+        begun = self.begin(move, tracked, now, way=asked.way)
+        return MoveRefused(asked.request_id, _WHY_DROPPED[begun]) if isinstance(begun, Dropped) else begun
+
+    def begin(
+        self, move: Move, tracked: TrackedRequest | None, now: Instant, *, way: Way | None = None
+    ) -> Migrate | Dropped:
+        """Open a migration, or count why not: what was seen of the request was late. `way` is the one that was asked
+        for; None takes the best."""
+        found = self._way_of(move, tracked, way)
+        if isinstance(found, Dropped) or tracked is None:
+            self._num_dropped[Dropped(found)] += 1
+            return Dropped(found)
+        return self._open_one(move, tracked, found, now)
 
     def begin_decode(self, move: Move, tracked: TrackedRequest, now: Instant) -> Migrate | Dropped:
         """Open the migration of a request that decodes elsewhere than where its prompt was computed, or count and say
@@ -212,7 +231,9 @@ class MigrationBook:
         destination.num_coming += 1
         return Migrate(migration.id, migration.request_id, source.id, destination.id, way, move.reason)
 
-    def _way_of(self, move: Move, tracked: TrackedRequest | None, *, is_after_prefill: bool = False) -> Way | Dropped:
+    def _way_of(
+        self, move: Move, tracked: TrackedRequest | None, way: Way | None = None, *, is_after_prefill: bool = False
+    ) -> Way | Dropped:
         """How a request would get there, or why it may not, as things are now."""
         source = self._instances.ledgers.get(move.source)
         destination = self._instances.ledgers.get(move.destination)
@@ -240,7 +261,10 @@ class MigrationBook:
             both = source.spec.capabilities & destination.spec.capabilities
             able = (way for way, capability in _AFTER_PREFILL if capability in both)
             return next(able, Dropped.NO_WAY)
-        return self._common_way(tracked, source, destination)
+        if way is None:
+            return self._common_way(tracked, source, destination)
+        need, both = _NEEDS[way], source.spec.capabilities & destination.spec.capabilities
+        return way if need in (destination.spec.capabilities if way == Way.REPLAY else both) else Dropped.NO_WAY
 
     def _common_way(
         self, tracked: TrackedRequest, source: InstanceLedger, destination: InstanceLedger
@@ -383,4 +407,21 @@ _STEP_OF: Mapping[type[MigrationEvent], str] = {
     CopyStarted: "copying",
     CopyCaughtUp: "caught_up",
     HandedOver: "handed_over",
+}
+_NEEDS = {
+    Way.COPY: Capability.COPY_KV,
+    Way.HAND_OFF: Capability.HAND_OVER_KV,
+    Way.REPLAY: Capability.RESUME_FROM_TOKENS,
+}
+"""What both engines must be able to do; for a replay the destination alone."""
+_WHY_DROPPED = {
+    Dropped.NOT_RUNNING: "it does not run: it waits for its first token, or has ended",
+    Dropped.MOVING: "it is on its way already",
+    Dropped.PINNED: "it holds what does not travel",
+    Dropped.SAME_INSTANCE: "it is there already",
+    Dropped.NOT_READY: "the destination takes no requests",
+    Dropped.TOO_LARGE: "the destination could not take it as far as its source can",
+    Dropped.SOURCE_BUSY: "as many as may be are on their way from its source",
+    Dropped.DESTINATION_BUSY: "as many as may be are on their way to the destination",
+    Dropped.NO_WAY: "the two engines do not move requests so",
 }

@@ -5,7 +5,9 @@ from typing import Protocol, runtime_checkable
 
 import msgspec
 
+from rota.base.errors import EngineError
 from rota.base.instant import Duration
+from rota.serving.engines.vllm.tickets import Ticket
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
 
@@ -125,4 +127,22 @@ class SupervisedEngine(Engine, Protocol):
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
+        ...
+
+
+class RequestStays(EngineError):
+    """An engine did not let go of a request: it goes on there, or is not there. The message says why."""
+
+
+@runtime_checkable
+class LetsGo(Protocol):
+    """An engine with `HAND_OVER_KV`: it can be told to let go of a running request."""
+
+    async def hand_off(self, request_id: RequestId, *, timeout_seconds: float) -> Ticket:
+        """Have a request end at its next token, and get the ticket with which it goes on at another engine. Its answer
+        ends with the ticket's last token and `finish_reason` "length", before or after this returns.
+
+        Raises `RequestStays` if it goes on here as if nobody had asked. Raises `EngineError` if there is no answer:
+        then either may be.
+        """
         ...

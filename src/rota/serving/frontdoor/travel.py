@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from rota.serving.engines.travel import why_terms_stay
 from rota.serving.frontdoor.bodies import Message, Prompt
 
 
@@ -57,13 +58,9 @@ class _Terms(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def stays(self) -> bool:
         """Whether something here depends on how the answer began, beyond its tokens."""
         return bool(
-            (self.seed is not None and self.temperature != 0)
+            why_terms_stay(self)
             or (self.n or 1) != 1
             or (self.best_of or 1) != 1
-            or self.frequency_penalty
-            or self.presence_penalty
-            or self.stop
-            or (self.logprobs is not None and self.logprobs is not False)
             or self.echo
             or not (self.response_format is None or self.response_format == {"type": "text"})
             or not self.return_token_ids

@@ -238,7 +238,7 @@ class FollowedAttempt(Attempt):
     """An attempt whose stream is followed event by event, so that another can go on where it ends. It may be such
     another itself; then the client has heard the beginning."""
 
-    __slots__ = ("_reader", "_resumption", "_stopped_at", "on_first")
+    __slots__ = ("_has_ended", "_on_kept_end", "_reader", "_resumption", "_stopped_at", "on_first")
 
     def __init__(
         self,
@@ -254,6 +254,8 @@ class FollowedAttempt(Attempt):
         self._resumption = resumption
         self._reader = EventReader(resumption)
         self.on_first = on_first
+        self._has_ended = False
+        self._on_kept_end: Callable[[], None] | None = None
         self._stopped_at = asyncio.get_running_loop().time() if resumption.has_started else None
 
     def on_head(self, status: int, headers: Headers) -> None:
@@ -293,11 +295,34 @@ class FollowedAttempt(Attempt):
         if self._status != 200:
             self._end_whole()
             return
+        if self._reader.has_kept_end and self._on_kept_end is not None:
+            self._has_ended = True
+            self._on_kept_end()
+            return
         self._reader.end()
         if self._reader.broken is not None:
             self.on_failed(self._reader.broken)
         else:
             self._finish_stream(len(self._resumption.output_token_ids))
+
+    def keep_end(self, on_kept: Callable[[], None]) -> None:
+        """The engine is asked to let go of the request: keep an end by length from the client, and call `on_kept` when
+        the engine has said all, until `settle`."""
+        self._reader.keep_end()
+        self._on_kept_end = on_kept
+
+    def settle(self, *, is_inner: bool) -> None:
+        """It is known whose end was kept, or would be: the answer's own, or that of this engine's part, after which
+        another has to go on."""
+        self._on_kept_end = None
+        out = self._reader.settle(is_inner=is_inner)
+        if out:
+            self._hand_on(out)
+        broken = self._reader.broken or (self._resumption.why_not if is_inner else None)
+        if broken is not None and not self.is_over:
+            self._cluster.abandon(self._flight, self, broken)
+        elif self._has_ended and not is_inner and not self.is_over:
+            self.on_end()
 
     def _hand_on(self, data: bytes) -> None:
         if self._has_started:

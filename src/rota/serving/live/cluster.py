@@ -17,9 +17,10 @@ from rota.runtime.live import LiveLoop
 from rota.serving.assemble import CLUSTER
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.engines.engine import Engine, EngineCall, EngineStatus
+from rota.serving.engines.vllm.tickets import Ticket
 from rota.serving.live.attempt import Attempt, Client, Flight, FollowedAttempt
 from rota.serving.live.breaker import BreakerRule, CircuitBreaker
-from rota.serving.live.moves import ReplayMoves
+from rota.serving.live.moves import Heard, Moves
 from rota.serving.live.resumption import Resumption
 from rota.serving.model.capabilities import Capability
 from rota.serving.model.commands import (
@@ -32,7 +33,9 @@ from rota.serving.model.commands import (
     Fail,
     HandOver,
     Migrate,
+    MoveRefused,
     Reject,
+    Way,
 )
 from rota.serving.model.events import (
     ClientLeft,
@@ -41,6 +44,7 @@ from rota.serving.model.events import (
     InstanceLost,
     InstanceReported,
     InstanceStarted,
+    MoveAsked,
     RequestArrived,
     RequestFailed,
 )
@@ -76,7 +80,7 @@ class LiveCluster:
         """The instances that are well, and what they are."""
         self.drained: set[InstanceId] = set()
         """The instances that were told to take nothing new, whether they are well or not."""
-        self.moves = ReplayMoves(self)
+        self.moves = Moves(self)
         self._breakers = {engine_id: CircuitBreaker(breaker or BreakerRule()) for engine_id in self.engines}
         self._breaker_rule = breaker or BreakerRule()
         loop.add_machine(CLUSTER, machine, self._carry_out)
@@ -132,6 +136,13 @@ class LiveCluster:
             status = self.statuses.get(instance_id)
             if status is not None and self.takes_requests(instance_id):
                 self.tell(InstanceStarted(status.spec))
+
+    def ask_to_move(self, request_id: RequestId, destination: InstanceId, way: Way | None, heard: Heard) -> None:
+        """Have a running request moved now. `heard` is told once what came of it."""
+        self.moves.expect(request_id, heard)
+        error = self.tell(MoveAsked(request_id, destination, way))
+        if error is not None:
+            self.moves.refused(request_id, f"the router could not decide: {error}")
 
     def takes_requests(self, instance_id: InstanceId) -> bool:
         """Whether an instance is well, not drained, and its breaker closed."""
@@ -239,16 +250,22 @@ class LiveCluster:
         self._breakers[instance_id].ended_well()
 
     def go_on(
-        self, flight: Flight, instance_id: InstanceId, *, on_first: Callable[[float], None] | None = None
+        self,
+        flight: Flight,
+        instance_id: InstanceId,
+        *,
+        on_first: Callable[[float], None] | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
-        """Have an instance compute the rest of a stream, from the tokens that the client has got."""
+        """Have an instance go on with a stream, from the tokens that the client has got: it pulls what the ticket of
+        the instance before names, or computes all anew."""
         resumption = flight.resumption
         if resumption is None or resumption.num_output_tokens is None:
             raise LawBroken(f"law 2: {flight.call.request.id} cannot go on at {instance_id}: its tokens are unknown")
         resumption.num_resumed += 1
         flight.answer = None
         flight.attempt = FollowedAttempt(self, flight, instance_id, resumption, on_first=on_first)
-        self.engines[instance_id].submit(resumption.next_call(), flight.attempt)
+        self.engines[instance_id].submit(resumption.next_call(ticket), flight.attempt)
 
     def can_resume(self, instance_id: InstanceId) -> bool:
         """Whether an instance is well and goes on from token ids."""
@@ -289,7 +306,7 @@ class LiveCluster:
             flight = self.flights.pop(command.request_id, None)
             if flight is not None:
                 flight.client.on_failed(command.reason, flight.answer)
-        elif isinstance(command, Migrate | CopyOut | HandOver | Commit | AbortMigration):
+        elif isinstance(command, Migrate | MoveRefused | CopyOut | HandOver | Commit | AbortMigration):
             self.moves.carry_out(command)
 
     def _dispatch(self, command: Dispatch) -> None:

@@ -98,6 +98,8 @@ class EventReader:
         self._before: bytes | None = None
         """What every plain event of this stream has before its text."""
         self._plain_end = _plain_end(b"", b"")
+        self._keeps_end = False
+        self._kept: list[bytes] = []
 
     def feed(self, data: bytes) -> bytes:
         """What the client gets now. Stops at what is no event of such a stream, at the engine's own errors, and where
@@ -113,7 +115,7 @@ class EventReader:
                     out += (known, b"\n\n")
                     continue
                 out.append(self._take(event))
-                self._is_unsettled = bool(self._held or self._held_ids or self._resumption.has_finished)
+                self._note_unsettled()
             if len(self._rest) > _EVENT_BYTES_MAX:
                 raise EngineError(f"an event of the stream exceeds {_EVENT_BYTES_MAX} bytes")
         except EngineError as error:
@@ -159,12 +161,41 @@ class EventReader:
         # If it can be, as long as the ids were, so that the size of a chunk stays right.
         return data[:ids_at] + _PADDED_NULLS[max(0, end_at - ids_at - 4)] + data[end_at:]
 
+    def keep_end(self) -> None:
+        """An engine that lets go of a request ends its part of the answer as if by length. So keep such an end back,
+        and what comes after it, until it is known whose end it is: see `settle`."""
+        self._keeps_end = True
+
+    @property
+    def has_kept_end(self) -> bool:
+        return bool(self._kept)
+
+    def settle(self, *, is_inner: bool) -> bytes:
+        """What the client gets of an end that was kept: all of it, or, where it was the end of one engine's part, its
+        token without the reason. Without such an end nothing. The next end is not kept."""
+        kept, self._kept, self._keeps_end = self._kept, [], False
+        if is_inner:
+            kept = [_without_reason(event) for event in kept[:1]]
+        try:
+            return b"".join([self._take(event) for event in kept])
+        except EngineError as error:
+            self.broken = error.message
+            return b""
+        finally:
+            self._note_unsettled()
+
+    def _note_unsettled(self) -> None:
+        self._is_unsettled = bool(self._held or self._held_ids or self._kept or self._resumption.has_finished)
+
     def end(self) -> None:
         """The connection ended in good order: the stream must have, too."""
         if not self.is_done or self._rest.strip():
             self.broken = self.broken or "the stream ended without [DONE]"
 
     def _take(self, event: bytes) -> bytes:
+        if self._kept:
+            self._kept.append(event)
+            return b""
         if self.is_done:
             raise EngineError("more events came after the end of the stream")
         if event == _DONE:
@@ -196,6 +227,9 @@ class EventReader:
             raise EngineError("more tokens came after the reason for the end")
         if choice.finish_reason in ("abort", "error"):
             raise EngineError(f"the engine gave the request up ({choice.finish_reason})")
+        if self._keeps_end and choice.finish_reason == "length":
+            self._kept.append(event)
+            return b""
         prompt = said.prompt_token_ids or choice.prompt_token_ids
         if prompt is not None:
             self._check_prompt(prompt)
@@ -268,3 +302,10 @@ class EventReader:
         except (KeyError, TypeError):
             raise EngineError(f"a usage that counts no tokens: {event[:80]!r}") from None
         return _DATA + msgspec.json.encode(body)
+
+
+def _without_reason(event: bytes) -> bytes:
+    body: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
+    for choice in body["choices"]:
+        choice["finish_reason"] = None
+    return _DATA + msgspec.json.encode(body)

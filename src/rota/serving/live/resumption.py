@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from rota.serving.engines.engine import EngineCall
+from rota.serving.engines.vllm.tickets import Ticket
 
 CHAT = "/v1/chat/completions"
 DEFAULT_COMPLETION_TOKENS = 16
@@ -90,19 +91,23 @@ class Resumption:
         """What is computed before the next token."""
         return [*(self.prompt_token_ids or ()), *self.output_token_ids]
 
-    def next_call(self) -> EngineCall:
-        """The rest of the answer, asked of another engine."""
+    def next_call(self, ticket: Ticket | None = None) -> EngineCall:
+        """The rest of the answer, asked of another engine; with the ticket of the engine before, that one's blocks are
+        pulled, as far as the client has got the tokens."""
         body: dict[str, Any] = msgspec.json.decode(self._call.body)
         body["return_token_ids"] = True
         num_tokens = len(self.output_token_ids)
+        transfer = None if ticket is None else ticket.transfer_params(self.num_tokens)
         limit = "max_tokens"
         if self.is_chat:
             # vLLM takes a chat's prompt as token ids where a prefill instance would hand them on.
-            body["kv_transfer_params"] = {"prompt_token_ids": self.prompt()}
+            body["kv_transfer_params"] = {**(transfer or {}), "prompt_token_ids": self.prompt()}
             if body.get("max_completion_tokens") is not None:
                 limit = "max_completion_tokens"
         else:
             body["prompt"] = self.prompt()
+            if transfer is not None:
+                body["kv_transfer_params"] = transfer
             body.setdefault("max_tokens", DEFAULT_COMPLETION_TOKENS)
         if body.get(limit) is not None:
             body[limit] = int(body[limit]) - num_tokens

@@ -177,6 +177,13 @@ class Migrate(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class MoveRefused(msgspec.Struct, frozen=True, tag=True):
+    """A move that was asked for (`MoveAsked`) is not begun. Nothing is owed."""
+
+    request_id: RequestId
+    reason: str
+
+
 class CopyOut(msgspec.Struct, frozen=True, tag=True):
     """Copy a migrating request's blocks while it decodes. Ends in `CopyStarted`, then `CopyCaughtUp`, or in
     `MigrationFailed`. Where nothing is copied ahead, both are said at once."""
@@ -247,6 +254,7 @@ ClusterCommand = (
     | Abort
     | Fail
     | Migrate
+    | MoveRefused
     | CopyOut
     | HandOver
     | Commit

@@ -3,6 +3,7 @@
 import msgspec
 
 from rota.base.instant import Duration
+from rota.serving.model.commands import Way
 from rota.serving.model.fleet import StartOffer
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
 from rota.serving.model.request import Request, RequestId
@@ -157,6 +158,15 @@ class InstanceReported(msgspec.Struct, frozen=True, tag=True):
     delay: Duration = Duration(0)
 
 
+class MoveAsked(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Somebody wants a running request moved now. Ends in `Migrate` or `MoveRefused`."""
+
+    request_id: RequestId
+    destination: InstanceId
+    way: Way | None = None
+    """None leaves it to what the two instances can do."""
+
+
 class RoomReserved(msgspec.Struct, frozen=True, tag=True):
     """The destination of a migration keeps room for the request."""
 
@@ -228,6 +238,7 @@ ClusterEvent = (
     | InstanceLost
     | InstanceDraining
     | InstanceReported
+    | MoveAsked
     | RoomReserved
     | CopyStarted
     | CopyCaughtUp

@@ -10,7 +10,7 @@ import msgspec
 
 from rota.base.errors import EngineError
 from rota.base.instant import Duration, Instant
-from rota.serving.engines.engine import StepTotals
+from rota.serving.engines.engine import RequestStays, StepTotals
 from rota.serving.engines.managed import ManagedEngine
 from rota.serving.engines.process import ProcessSpec
 from rota.serving.engines.vllm.control import Command, ask
@@ -22,10 +22,6 @@ from rota.serving.model.instance import InstanceId, InstanceReport
 from rota.serving.model.request import RequestId
 
 FOLLOW_SECONDS = 0.1
-
-
-class RequestStays(EngineError):
-    """An engine did not let go of a request: it goes on there, or is not there. The message says why."""
 
 
 Heard = Callable[[InstanceReport, Duration, StepTotals], None]
@@ -72,14 +68,14 @@ class VllmEngine(ManagedEngine):
 
     async def hand_off(self, request_id: RequestId, *, timeout_seconds: float = 10.0) -> Ticket:
         """Have a running request end with its next token (one later where that would fall on the boundary of a block),
-        and get the ticket with which it goes on elsewhere: `tickets.continuation` makes the body of the call.
+        and get the ticket with which it goes on elsewhere: `live.resumption` makes the call of it.
 
         `request_id` is the `X-Request-Id` that it was submitted with. The answer under way ends with the ticket's last
         token and `finish_reason` "length", before or after this returns; whoever owns the client's stream passes on
         each token once, by its index, and keeps that finish to itself. The source forgets the request at once, but
-        keeps its blocks until they are pulled, or for 30 s. If the destination refuses or fails, go on with
-        `continuation(…, replay=True)` at any engine, this one too (its prefix cache most likely has the blocks yet).
-        A pull that fails inside the destination is no matter: it computes the tokens anew.
+        keeps its blocks until they are pulled, or for 30 s. If the destination refuses or fails, go on by replay at any
+        engine, this one too (its prefix cache most likely has the blocks yet). A pull that fails inside the destination
+        is no matter: it computes the tokens anew.
 
         Raises `RequestStays` if it was not let go of: it waits, was preempted meanwhile, ended by itself, or has what
         does not travel (`hand_off.why_it_stays`). Raises `EngineError` if there is no answer; then the command is taken

@@ -8,6 +8,7 @@ says it from the beginning, and then ends by itself, would keep its blocks pinne
 import re
 from typing import Any
 
+from rota.serving.engines.travel import why_terms_stay
 from rota.serving.engines.vllm.control import Asked, ControlChannel
 from rota.serving.engines.vllm.tickets import Reply, Stays, Ticket
 
@@ -70,11 +71,19 @@ class HandOffs:
             output_token_ids=tuple(request.output_token_ids),
             num_tokens_left=leaving.max_tokens - request.num_output_tokens,
             kv_transfer_params=kv_transfer_params,
+            **self._blocks(kv_transfer_params),
         )
         leaving.asked.answer(Reply(ticket=ticket))
 
     def close(self) -> None:
         self._channel.close()
+
+    def _blocks(self, kv_transfer_params: dict[str, Any] | None) -> dict[str, int]:
+        if not kv_transfer_params:
+            return {}
+        (group,) = self._scheduler.kv_cache_config.kv_cache_groups  # else there is no exporter
+        block_bytes = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+        return {"block_size": self._scheduler.block_size, "block_bytes": block_bytes}
 
     def _begin(self, asked: Asked) -> None:
         requests = self._scheduler.requests
@@ -171,30 +180,23 @@ def is_internal_id(name: str, request_id: str) -> bool:
 def why_it_stays(request: Any) -> str:
     """What of a vLLM request would be lost or changed if it went on elsewhere; empty if nothing.
 
-    Sampling without a seed stays what it was, a draw; with temperature 0 the very tokens are the same.
+    What the client's body alone tells is judged by the rules of `travel`, as the router does; this engine knows more of
+    the request.
     """
     parameters = request.sampling_params
     if parameters is None or not request.prompt_token_ids:
         return "it has no prompt of tokens, or does not generate"
-    neutral = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
     reasons = {
-        "its draws are seeded, and their position does not travel": parameters.seed is not None,
-        "its penalties count output tokens, which arrive as prompt": any(
-            getattr(parameters, name) != value for name, value in neutral.items()
-        ),
         "its grammar's state does not travel": parameters.structured_outputs is not None,
-        "its log-probabilities are of one engine": parameters.logprobs is not None
-        or parameters.prompt_logprobs is not None,
-        "its stop strings may lie across the move": bool(parameters.stop),
+        "its log-probabilities are of one engine": parameters.prompt_logprobs is not None,
         "its bad words may lie across the move": bool(parameters.bad_words),
         "its budget for thinking counts output tokens": parameters.thinking_token_budget is not None,
         "its repetitions are counted from its first output token": parameters.repetition_detection is not None,
-        "its least length counts output tokens": parameters.min_tokens > request.num_output_tokens,
         "it has an adapter": request.lora_request is not None,
         "it has more than text in its prompt": bool(request.mm_features),
         "its input streams in": bool(request.resumable),
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return why_terms_stay(parameters) or next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def drop_unusable_ticket(request: Any, block_size: int) -> None:

@@ -1,33 +1,8 @@
-"""What a request takes along when it moves to another engine, and how it is asked to go on there."""
+"""What a request takes along when it moves to another engine, and what an engine answers who was asked for it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-
-_CARRIED = (
-    "model",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "logit_bias",
-    "allowed_token_ids",
-    "ignore_eos",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "priority",
-    "user",
-    "cache_salt",
-    "session_id",
-    "vllm_xargs",
-    "stream",
-    "stream_options",
-    "return_token_ids",
-)
-"""Fields of a chat or completion body that mean the same for the rest of its answer."""
 
 
 class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -43,6 +18,34 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_transfer_params: dict[str, Any] | None = None
     """Names the blocks at the source. The source keeps them until they are pulled, or for its lease (30 s). None where
     there is nothing to pull; then the destination computes them anew (replay)."""
+    block_size: int = 0
+    """Tokens a block; 0 where there is nothing to pull."""
+    block_bytes: int = 0
+    """Bytes a block, of all layers."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def transfer_params(self, num_tokens: int) -> dict[str, Any] | None:
+        """The `kv_transfer_params` with which a destination pulls the blocks of the first `num_tokens` tokens, which it
+        is given as its prompt; None if there is nothing to pull.
+
+        They name exactly as many blocks as that prompt needs, since vLLM pairs blocks from their end. Fewer tokens than
+        all are right where the client has not got the last ones.
+        """
+        if self.kv_transfer_params is None or not 0 < num_tokens <= self.num_tokens:
+            return None
+        num_blocks = self._num_blocks(num_tokens)
+        block_ids = [group[:num_blocks] for group in self.kv_transfer_params["remote_block_ids"]]
+        return {**self.kv_transfer_params, "remote_block_ids": block_ids}
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Bytes of the blocks that so many tokens take; those that the destination has cached it does not pull."""
+        return 0 if self.kv_transfer_params is None else self._num_blocks(num_tokens) * self.block_bytes
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
 
 
 class Stays(msgspec.Struct, frozen=True):
@@ -56,18 +59,3 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ticket: Ticket | None = None
     stays: Stays | None = None
-
-
-def continuation(ticket: Ticket, body: Mapping[str, Any], *, replay: bool = False) -> dict[str, Any]:
-    """The body of the `POST /v1/completions` by which the destination goes on with the request.
-
-    `body` is the client's own, of a completion or a chat. The prompt is every token so far, as ids, so that nothing is
-    encoded twice; the answer holds new tokens only. `replay` leaves the ticket's blocks alone: for an engine that
-    cannot pull them, or a second try after a failure.
-    """
-    going_on = {name: body[name] for name in _CARRIED if name in body}
-    going_on["prompt"] = [*ticket.prompt_token_ids, *ticket.output_token_ids]
-    going_on["max_tokens"] = ticket.num_tokens_left
-    if ticket.kv_transfer_params is not None and not replay:
-        going_on["kv_transfer_params"] = ticket.kv_transfer_params
-    return going_on
