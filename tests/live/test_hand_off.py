@@ -12,10 +12,19 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from tests.live.vllm_pair import Answer, body_of, complete, moved_by_hand_off, moved_by_replay, two_engines
+from tests.live.vllm_pair import (
+    Answer,
+    body_of,
+    complete,
+    continuation,
+    moved_by_hand_off,
+    moved_by_replay,
+    two_engines,
+)
 
-from rota.serving.engines.vllm.engine import RequestStays, VllmEngine
-from rota.serving.engines.vllm.tickets import Ticket, continuation
+from rota.serving.engines.engine import RequestStays
+from rota.serving.engines.vllm.engine import VllmEngine
+from rota.serving.engines.vllm.tickets import Ticket
 from rota.serving.model.request import RequestId
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio(loop_scope="module")]

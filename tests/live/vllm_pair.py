@@ -12,14 +12,17 @@ from typing import Any
 import aiohttp
 
 from rota.base.errors import EngineError
+from rota.base.instant import Instant
+from rota.serving.engines.engine import EngineCall, RequestStays
 from rota.serving.engines.managed import free_port
 from rota.serving.engines.model_package import prepare_model
 from rota.serving.engines.process import ProcessSpec
-from rota.serving.engines.vllm.engine import RequestStays, VllmEngine
+from rota.serving.engines.vllm.engine import VllmEngine
 from rota.serving.engines.vllm.server import VllmServer
-from rota.serving.engines.vllm.tickets import Ticket, continuation
+from rota.serving.engines.vllm.tickets import Ticket
+from rota.serving.live.resumption import Resumption
 from rota.serving.model.instance import InstanceId
-from rota.serving.model.request import RequestId
+from rota.serving.model.request import Request, RequestId
 
 START_TIMEOUT_SECONDS = 300.0
 MODEL = "smollm2-135m"
@@ -126,6 +129,16 @@ def body_of(prompt: list[int], max_tokens: int) -> dict[str, Any]:
         "stream": True,
         "return_token_ids": True,
     }
+
+
+def continuation(ticket: Ticket, body: dict[str, Any], *, replay: bool = False) -> dict[str, Any]:
+    """What the next engine is asked, as the router makes it."""
+    request = Request(RequestId(ticket.request_id), Instant(0), 1, 1)
+    resumption = Resumption(EngineCall(request, "/v1/completions", [], json.dumps(body).encode(), stream=True))
+    resumption.prompt_token_ids = list(ticket.prompt_token_ids)
+    resumption.output_token_ids = list(ticket.output_token_ids)
+    going_on: dict[str, Any] = json.loads(resumption.next_call(None if replay else ticket).body)
+    return going_on
 
 
 @dataclass

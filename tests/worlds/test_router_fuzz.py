@@ -71,6 +71,8 @@ RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
         # Names that it thinks up are no instance's, so it drains none under the others' feet.
         ("POST /admin/instances/{instance_id}/drain", RIGHT, NUM_EXAMPLES),
         ("POST /admin/instances/{instance_id}/undrain", RIGHT, NUM_EXAMPLES),
+        ("POST /admin/requests/{request_id}/migrate", RIGHT, NUM_EXAMPLES),
+        ("POST /admin/requests/{request_id}/migrate", WRONG, NUM_EXAMPLES),
     ],
 )
 def test_every_answer_is_one_that_the_description_promises(

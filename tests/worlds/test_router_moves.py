@@ -47,12 +47,17 @@ class Shuttle:
 
 @asynccontextmanager
 async def shuttled(
-    breaks: Iterable[Break | None] = (), policy: MigrationPolicy | None = None, *, hand_off: bool = False
+    breaks: Iterable[Break | None] = (),
+    policy: MigrationPolicy | None = None,
+    *,
+    hand_off: bool = False,
+    moves_by_itself: bool = True,
 ) -> AsyncIterator[tuple[Router, list[TokenServer], Journal]]:
-    """A router over three servers, whose streams `policy` moves; without one, all of them, all the time."""
+    """A router over three servers, whose streams `policy` moves; without one, all of them, all the time, unless nothing
+    is to move by itself."""
     left = list(breaks)
     servers = [TokenServer(left, created=1 + index, pace=0.004) for index in range(3)]
-    policy = Shuttle() if policy is None else policy
+    policy = Shuttle() if policy is None and moves_by_itself else policy
     machine = ClusterMachine(RoundRobin(), BoundedQueue(), migration=policy)
     journal = Journal(header_of(SystemConfig()), keep_rows=True)
     watch = WatchSettings(interval_seconds=0.05, starting_interval_seconds=0.01)

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 VLLM, SIMULATED = "vllm", "simulated"
 STOCK = ("fcfs", "priority")
 
+HandOff = Annotated[
+    bool | None,
+    typer.Option(
+        "--hand-off/--no-hand-off",
+        help="Whether vLLMs pass running requests on with their blocks, over NIXL. "
+        "Left out: where the package nixl is there and each engine has a core.",
+    ),
+]
+
 
 def serve(
     engine: Annotated[
@@ -41,6 +50,7 @@ def serve(
     engine_option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of each vLLM, such as max_num_seqs=16.")
     ] = None,
+    hand_off: HandOff = None,
     profile: Annotated[str, typer.Option(help="Model and accelerator of simulated engines.")] = "llama-3.1-8b-a100",
     on: Annotated[
         str, typer.Option(metavar="local|ray|ray=ADDRESS", help="Where engines run: on this machine, or a Ray cluster.")
@@ -81,6 +91,7 @@ def serve(
         model=model,
         stock=stock,
         options=engine_options(engine_option or []),
+        hand_off=hand_off,
         profile=profile,
         host=host,
         port=port,
@@ -152,6 +163,7 @@ def _run(
     model: Path | None,
     stock: str | None,
     options: dict[str, Any],
+    hand_off: bool | None,
     profile: str,
     host: str,
     port: int,
@@ -191,7 +203,7 @@ def _run(
         elif kind == SIMULATED:
             engines = _simulated(loop, system, config, profile)
         elif kind == VLLM:
-            engines = _vllm(num_instances, stack_path, model, stock, options, run_dir)
+            engines = _vllm(num_instances, stack_path, model, stock, options, run_dir, hand_off)
         else:
             engines = _at(kinds)
         say(f"starting {len(engines)} {'engines' if len(engines) > 1 else 'engine'} ({kind}); ready within minutes")
@@ -273,12 +285,12 @@ def _vllm(
     stock: str | None,
     options: dict[str, Any],
     run_dir: Path,
+    hand_off: bool | None,
 ) -> "Sequence[Engine]":
     from rota.serving.engines.managed import ManagedEngine, free_port
     from rota.serving.engines.model_package import MODEL_NAME, prepare_model
     from rota.serving.engines.process import ProcessSpec
     from rota.serving.engines.vllm.engine import VllmEngine
-    from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
     from rota.serving.engines.vllm.server import VllmServer
     from rota.serving.model.instance import InstanceId
 
@@ -288,9 +300,11 @@ def _vllm(
     with writing("--run-dir", run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     engines: list[Engine] = []
+    plugin = stock is None
+    sockets = [run_dir / f"vllm-{index}.sock" for index in range(num_instances)]
+    hands_off = _hands_off(hand_off, plugin, sockets)
     for index in range(num_instances):
         instance_id = InstanceId(f"vllm-{index}")
-        plugin = stock is None
         server = VllmServer(
             model=folder,
             port=free_port(),
@@ -298,6 +312,8 @@ def _vllm(
             plugin=plugin,
             stack=stack_path if plugin else None,
             facts=run_dir / f"{instance_id}.facts.jsonl" if plugin else None,
+            control=sockets[index] if hands_off else None,
+            nixl_port=free_port() if hands_off else None,
             scheduling_policy="priority" if stock == "priority" else "fcfs",
             # One core each, in turn: instances that share all cores stall each other.
             cores=str(index % (os.cpu_count() or 1)),
@@ -312,5 +328,31 @@ def _vllm(
         if server.facts is None:
             engines.append(ManagedEngine(instance_id, server.url, process))
         else:
-            engines.append(VllmEngine(instance_id, server.url, process, server.facts, capabilities=VLLM_CAPABILITIES))
+            control, capabilities = server.control, server.capabilities
+            engine = VllmEngine(
+                instance_id, server.url, process, server.facts, control=control, capabilities=capabilities
+            )
+            engines.append(engine)
     return engines
+
+
+def _hands_off(wanted: bool | None, plugin: bool, sockets: Sequence[Path]) -> bool:
+    """Whether engines with these control sockets are to hand requests over. Raises `ConfigError` where that is wanted
+    and cannot be."""
+    from importlib.util import find_spec
+
+    from rota.serving.engines.vllm.control import PATH_BYTES_MAX
+
+    obstacles = {
+        "--stock runs vLLM without the plug-in that lets go of requests": not plugin,
+        "the package nixl is missing; pip install 'rota[nixl]'": find_spec("nixl") is None,
+        # NIXL makes progress on the core that an engine computes on.
+        f"{len(sockets)} engines share {os.cpu_count()} cores": len(sockets) > (os.cpu_count() or 1),
+        f"a socket in --run-dir would have a path of more than {PATH_BYTES_MAX} bytes": any(
+            len(str(path.absolute()).encode()) > PATH_BYTES_MAX for path in sockets
+        ),
+    }
+    why_not = next((why for why, holds in obstacles.items() if holds), None)
+    if wanted and why_not is not None:
+        raise ConfigError(f"--hand-off: {why_not}")
+    return why_not is None and wanted is not False

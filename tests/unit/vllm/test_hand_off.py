@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from rota.serving.api import InstanceLimits
 from rota.serving.engines.vllm.control import Command
 from rota.serving.engines.vllm.hand_off import HandOffs, drop_unusable_ticket, is_internal_id, why_it_stays
-from rota.serving.engines.vllm.tickets import Reply, continuation
+from rota.serving.engines.vllm.tickets import Reply, Ticket
 from rota.serving.engines.vllm.virtual import VirtualVllm
 from rota.serving.policies.batch.vllm_default import VllmDefault
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
@@ -188,13 +189,14 @@ def test_ids_are_told_apart(name: str, request_id: str, is_it: bool) -> None:
         ({}, ""),
         ({"temperature": 0.7, "top_p": 0.9}, ""),
         ({"min_tokens": 2}, ""),
+        ({"min_tokens": 9}, ""),
+        ({"repetition_penalty": 1.1}, ""),
+        ({"seed": 1, "temperature": 0.0}, ""),
         ({"seed": 1}, "seeded"),
         ({"presence_penalty": 0.1}, "penalties"),
-        ({"repetition_penalty": 1.1}, "penalties"),
         ({"logprobs": 1}, "log-probabilities"),
         ({"stop": ["x"]}, "stop strings"),
         ({"bad_words": ["x"]}, "bad words"),
-        ({"min_tokens": 9}, "least length"),
     ],
 )
 def test_what_does_not_travel_makes_it_stay(settings: dict[str, Any], word: str) -> None:
@@ -226,17 +228,13 @@ def test_only_a_ticket_for_exactly_these_blocks_is_pulled(num_blocks: int, num_t
     assert (request.kv_transfer_params is not None) is is_kept
 
 
-def test_the_rest_of_an_answer_is_asked_for_by_tokens() -> None:
-    from rota.serving.engines.vllm.tickets import Ticket
-
-    ticket = Ticket("x", (1, 2), (3,), 7, {"do_remote_prefill": True})
-    body = {"model": "m", "messages": [], "max_tokens": 8, "temperature": 0.0, "stream": True, "n": 1}
-    assert continuation(ticket, body) == {
-        "model": "m",
-        "temperature": 0.0,
-        "stream": True,
-        "prompt": [1, 2, 3],
-        "max_tokens": 7,
-        "kv_transfer_params": {"do_remote_prefill": True},
-    }
-    assert "kv_transfer_params" not in continuation(ticket, body, replay=True)
+def test_a_destination_that_is_given_fewer_tokens_pulls_fewer_blocks() -> None:
+    """The client may have got fewer tokens than the source made: those that begin a character bring no text."""
+    params = {"do_remote_prefill": True, "remote_block_ids": [[7, 8, 9]], "remote_num_tokens": 9}
+    ticket = Ticket("x", tuple(range(7)), (1, 2, 3), 7, params, BLOCK_SIZE, 100)
+    assert ticket.transfer_params(10) == params
+    assert ticket.transfer_params(9) == params
+    assert ticket.transfer_params(8) == {**params, "remote_block_ids": [[7, 8]]}
+    assert (ticket.num_bytes(10), ticket.num_bytes(8)) == (300, 200)
+    assert ticket.transfer_params(11) is None
+    assert msgspec.structs.replace(ticket, kv_transfer_params=None).transfer_params(10) is None

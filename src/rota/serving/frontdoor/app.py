@@ -9,7 +9,7 @@ import msgspec
 
 from rota.base.instant import Duration, to_seconds
 from rota.serving.engines.engine import EngineCall, Headers
-from rota.serving.frontdoor.admin import INSTANCES, InstanceAdmin
+from rota.serving.frontdoor.admin import INSTANCES, REQUESTS, InstanceAdmin, RequestAdmin
 from rota.serving.frontdoor.http1 import Exchange, HttpLimits, HttpServer
 from rota.serving.frontdoor.instance_metrics import InstanceCollector
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
@@ -48,6 +48,8 @@ class FrontDoor:
         self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens, resume=resume)
         self._description = msgspec.json.encode(describe(self.server.limits))
         self._admin = InstanceAdmin(cluster, self._send)
+        self._request_admin = RequestAdmin(cluster, self._send)
+        cluster.moves.on_outcome = self.telemetry.migrated
         self._routes: dict[str, tuple[str, Callable[[Exchange], None]]] = {
             CHAT: ("POST", self._generate),
             COMPLETIONS: ("POST", self._generate),
@@ -78,6 +80,8 @@ class FrontDoor:
         """Method and handler of a path, or None."""
         if path.startswith(INSTANCES + "/"):
             return "POST", self._admin.answer
+        if path.startswith(REQUESTS + "/"):
+            return "POST", self._request_admin.answer
         return self._routes.get(path)
 
     def _answer_problem(self, exchange: Exchange, problem: Problem) -> None:
@@ -94,7 +98,8 @@ class FrontDoor:
     def count(self, exchange: Exchange, status: int) -> None:
         """Count an answer."""
         path = exchange.request.path
-        known = path if path in self._routes else INSTANCES if path.startswith(INSTANCES + "/") else "other"
+        below = (each for each in (INSTANCES, REQUESTS) if path.startswith(each + "/"))
+        known = path if path in self._routes else next(below, "other")
         self.telemetry.answered(known, status)
 
     # --- endpoints ---------------------------------------------------------------------------------------------------

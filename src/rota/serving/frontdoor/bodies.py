@@ -6,7 +6,7 @@ is the engine's business.
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -93,10 +93,18 @@ class CompletionBody(Body, kw_only=True):
     prompt: msgspec.Raw
 
 
+class MoveBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Where a running request is to go on, and how: both as its engines can, if it is not said."""
+
+    destination: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    way: Literal["hand_off", "replay"] | None = None
+
+
 Prompt = str | list[str] | list[int | float] | list[list[int | float]]
 
 _chat = msgspec.json.Decoder(ChatBody).decode
 _completion = msgspec.json.Decoder(CompletionBody).decode
+_move = msgspec.json.Decoder(MoveBody).decode
 _messages = msgspec.json.Decoder(Annotated[list[Message], msgspec.Meta(min_length=1)]).decode
 _text_prompt = msgspec.json.Decoder(str).decode
 _list_prompt = msgspec.json.Decoder(list[str | int | _Integral | list[int | _Integral]]).decode
@@ -124,6 +132,13 @@ def read_completion(raw: bytes) -> tuple[CompletionBody, Prompt]:
     if len(kinds) > 1 or (kinds & {str, list} and any(isinstance(item, float) for item in items)):
         raise Problem(400, "prompt mixes strings, token ids and arrays; it must hold one kind", param="prompt")
     return body, items
+
+
+def read_move(raw: bytes) -> MoveBody:
+    """The body of an order to move a request. Raises `Problem` (400) that names the field."""
+    check_encoding(raw)
+    body: MoveBody = _decoded(_move, raw)
+    return body
 
 
 def _decoded(decode: Any, raw: Any, prefix: str = "") -> Any:

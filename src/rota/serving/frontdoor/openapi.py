@@ -4,8 +4,8 @@ from typing import Any
 
 import msgspec
 
-from rota.serving.frontdoor.admin import DRAIN, INSTANCES, UNDRAIN
-from rota.serving.frontdoor.bodies import Body, ContentPart, Message
+from rota.serving.frontdoor.admin import DRAIN, INSTANCES, MIGRATE, UNDRAIN
+from rota.serving.frontdoor.bodies import Body, ContentPart, Message, MoveBody
 from rota.serving.frontdoor.http1 import HttpLimits
 
 _JSON = "application/json"
@@ -43,6 +43,7 @@ def describe(limits: HttpLimits) -> dict[str, Any]:
             INSTANCES: {"get": _page("listInstances", "Every instance", _JSON, "Instances", more=_administered("403"))},
             DRAIN: {"post": _instance_change("drainInstance", "It takes nothing new, and finishes what it has")},
             UNDRAIN: {"post": _instance_change("undrainInstance", "It takes requests again, once it is well")},
+            MIGRATE: {"post": _move()},
         },
         "components": {"schemas": _schemas()},
     }
@@ -98,10 +99,19 @@ def _instance_change(operation: str, text: str) -> dict[str, Any]:
     return {**_page(operation, text, _JSON, "Instance", more=_administered("403", "404")), "parameters": [name]}
 
 
+def _move() -> dict[str, Any]:
+    name = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    problems = {"400": "The body is malformed; `param` names the field", "409": "It is not begun: the request stays"}
+    answers = {status: _answer(text, _JSON, "Error") for status, text in problems.items()}
+    page = _page("migrateRequest", "What came of it", _JSON, "Migration", more=answers | _administered("403", "404"))
+    body = {"required": True, "content": {_JSON: {"schema": {"$ref": "#/components/schemas/MoveBody"}}}}
+    return {**page, "parameters": [name], "requestBody": body}
+
+
 def _administered(*statuses: str) -> dict[str, Any]:
     texts = {
         "403": "Instances are administered from the router's own machine, and not through a proxy or a browser",
-        "404": "There is no such instance",
+        "404": "There is no such instance, or no such request is under way",
     }
     return {status: {"description": texts[status], "content": {_JSON: {"schema": _ERROR}}} for status in statuses}
 
@@ -130,7 +140,7 @@ def _identity_headers() -> list[dict[str, Any]]:
 def _schemas() -> dict[str, Any]:
     # The structs that check a body also describe it, so that the two cannot differ.
     _, components = msgspec.json.schema_components(
-        [Body, Message, ContentPart], ref_template="#/components/schemas/{name}"
+        [Body, Message, ContentPart, MoveBody], ref_template="#/components/schemas/{name}"
     )
     common = components.pop("Body")["properties"]
     common["model"] = {**common["model"], "examples": ["simulated"]}
@@ -211,4 +221,15 @@ def _instance_schemas() -> dict[str, Any]:
         "required": ["object", "data"],
         "properties": {"object": {"const": "list"}, "data": listed},
     }
-    return {"Instance": instance, "Instances": instances}
+    text, way = {"type": "string"}, {"enum": ["copy", "hand_off", "replay"]}
+    migration = {
+        "id": {"type": "integer", "minimum": 1},
+        "object": {"const": "migration"},
+        **dict.fromkeys(("request_id", "source", "destination", "reason"), text),
+        "way": way,
+        "outcome": {"enum": ["committed", "aborted"]},
+        "downtime_seconds": {"type": "number", "minimum": 0},
+        "num_bytes": {"type": "integer", "minimum": 0},
+    }
+    moved = {"type": "object", "required": list(migration), "properties": migration}
+    return {"Instance": instance, "Instances": instances, "Migration": moved}

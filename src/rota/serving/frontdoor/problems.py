@@ -24,11 +24,15 @@ class Problem(Exception):
         self.code = code
         self.retry_after_seconds = retry_after_seconds
 
-    def body(self) -> bytes:
-        """The error object as JSON."""
+    def value(self) -> dict[str, object]:
+        """The error object."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        return {"error": error}
+
+    def body(self) -> bytes:
+        """The error object as JSON."""
+        return msgspec.json.encode(self.value())
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers of the answer."""

@@ -2,6 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rota.base.instant import to_seconds
+from rota.serving.live.moves import Outcome
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -44,6 +47,25 @@ class Telemetry:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._migrations = Counter(
+            "rota:migrations",
+            "Moves of running requests that are over",
+            ["way", "outcome"],
+            registry=self.registry,
+        )
+        self._migration_downtime = Histogram(
+            "rota:migration_downtime_seconds",
+            "From the end at the source to the first token of the destination, of moves that were committed",
+            ["way"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._migration_bytes = Counter(
+            "rota:migration_bytes",
+            "Bytes of the blocks that destinations were offered; what they had cached they did not pull",
+            ["way"],
+            registry=self.registry,
+        )
         self.unfinished = Gauge("rota:num_requests_unfinished", "Entered and not yet ended", registry=self.registry)
 
     def answered(self, endpoint: str, status: int) -> None:
@@ -52,6 +74,14 @@ class Telemetry:
         if child is None:
             child = self._requests_of[(endpoint, status)] = self._requests.labels(endpoint, str(status))
         child.inc()
+
+    def migrated(self, outcome: Outcome) -> None:
+        """Count a migration that is over."""
+        way = outcome.move.way
+        self._migrations.labels(way, "committed" if outcome.is_committed else "aborted").inc()
+        if outcome.is_committed:
+            self._migration_downtime.labels(way).observe(to_seconds(outcome.downtime))
+            self._migration_bytes.labels(way).inc(outcome.num_bytes)
 
     def page(self) -> bytes:
         """The Prometheus text format."""

@@ -109,7 +109,10 @@ class Resumption:
             if transfer is not None:
                 body["kv_transfer_params"] = transfer
             body.setdefault("max_tokens", DEFAULT_COMPLETION_TOKENS)
-        if body.get(limit) is not None:
+        if ticket is not None:
+            # Known where the client set no limit, too: the engine had one of its own.
+            body[limit] = ticket.num_tokens_left + ticket.num_tokens - self.num_tokens
+        elif body.get(limit) is not None:
             body[limit] = int(body[limit]) - num_tokens
         if body.get("min_tokens"):
             body["min_tokens"] = max(0, int(body["min_tokens"]) - num_tokens)
