@@ -63,9 +63,7 @@ def serve(
     await_nodes: Annotated[bool, typer.Option(help="On Ray: wait for nodes that an autoscaler will start.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 8000,
-    journal: Annotated[
-        Path | None, typer.Option(help="Write every event and decision; for replay and explain.")
-    ] = None,
+    journal: Annotated[Path | None, typer.Option(help="Write events and decisions; for replay and explain.")] = None,
     journal_max_mb: Annotated[float, typer.Option(help="Where the journal stops growing.")] = 1024.0,
     run_dir: Annotated[Path, typer.Option(help="Logs and per-step facts of the engines.")] = Path("runs"),
     start_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For the first engine to be ready.")] = 600.0,
