@@ -10,6 +10,7 @@ from rota.base.errors import DataError
 from rota.base.journal import JournalFile, Row, read_journal
 from rota.base.machine import Machine
 from rota.serving.assemble import ROW_TYPES, SystemConfig, build, build_instance, instance_name
+from rota.serving.model.events import InstanceStarted
 from rota.serving.stack import StackConfig, engine_policies
 
 _ENGINE = "instance"
@@ -34,6 +35,7 @@ class FreshMachines:
         else:
             self._config = self._system_config(config)
             self.by_name = build(self._config).by_name()
+        self._specs = {spec.id: spec for spec in self._config.instances}
 
     def _engine_machine(self, journal: JournalFile) -> Machine[Any, Any]:
         """The machine that stands for one vLLM instance with our plug-in."""
@@ -54,14 +56,18 @@ class FreshMachines:
             ) from None
 
     def rows(self) -> Iterator[Row]:
-        """The journal's rows. An instance that restarted gets a fresh machine when its first row comes."""
+        """The journal's rows. An instance that came later, or came back, gets a fresh machine when its first row
+        comes."""
         for row in self._journal:
+            if isinstance(row.event, InstanceStarted):
+                self._specs[row.event.spec.id] = row.event.spec
             if row.machine not in self.by_name:
                 self._restart(row.machine)
             yield row
 
     def _restart(self, machine: str) -> None:
-        for spec in self._config.instances:
+        for spec in self._specs.values():
             incarnation = machine.removeprefix(f"{instance_name(spec.id)}#")
-            if incarnation.isdecimal() and machine == instance_name(spec.id, int(incarnation)):
+            is_later = incarnation.isdecimal() and machine == instance_name(spec.id, int(incarnation))
+            if is_later or machine == instance_name(spec.id):
                 self.by_name[machine] = build_instance(self._config.stack, spec)

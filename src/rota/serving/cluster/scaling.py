@@ -4,10 +4,10 @@ A scaling policy says what it wishes; what is done about it is decided here. An 
 drained: it is given nothing new, what it has moves elsewhere or ends there, and only when it has nothing left is the
 host told to stop it. So no drain loses a request, however long it takes.
 
-**The bound on flapping.** From the moment at which an instance last came (was ready, or was kept after all) nobody is
-drained for `cool_down_seconds`, nor while one is on its way. So between two turns from growing to shrinking there is at
-least that much time, and in any stretch of T seconds there are at most T / cool_down + 1 of them, and of the turns back
-one more. Growing is never delayed: a fleet that is too small costs more than one that is too large.
+**The bound on flapping.** From the moment at which an instance was last ordered, got ready or was kept after all,
+nobody is drained for `cool_down_seconds`, nor while one is on its way. So between two turns from growing to shrinking
+there is at least that much time, and in any stretch of T seconds there are at most T / cool_down + 1 of them, and of
+the turns back one more. Growing is never delayed: a fleet that is too small costs more than one that is too large.
 """
 
 from collections import Counter
@@ -272,7 +272,7 @@ class FleetBook:
         member = Member(self._new_id(), source, now)
         self._members[member.id] = member
         self._counts["ordered"] += 1
-        self._is_growing = True
+        self._is_growing, self._grown_at = True, now
         return StartInstance(member.id, source, wish.reason)
 
     def _drain(self, wish: Stop, now: Instant) -> DrainInstance | Barred:

@@ -36,8 +36,8 @@ class FleetRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     max_instances: int = 8
     """At most so many exist, those that start, drain or stop included."""
     cool_down_seconds: float = 60.0
-    """After the last one came, nobody is drained for so long. Hence the fleet turns from growing to shrinking at most
-    once in so long. 60 s is what Llumnix's code waits before it takes one away."""
+    """After one was ordered, and after it came, nobody is drained for so long. Hence the fleet turns from growing to
+    shrinking at most once in so long. The default is ours."""
     start_timeout_seconds: float = 900.0
     """One that is not ready by then is stopped."""
     retry_seconds: float = 30.0

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import msgspec
+
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, Instant, after, milliseconds, seconds
 from rota.base.journal import Journal
@@ -25,7 +27,9 @@ from rota.serving.model.commands import (
     InstanceCommand,
     Migrate,
     Reject,
+    StartInstance,
     Stay,
+    StopInstance,
 )
 from rota.serving.model.events import (
     ClientLeft,
@@ -40,9 +44,11 @@ from rota.serving.model.events import (
 )
 from rota.serving.model.instance import InstanceId, InstanceSpec, Role
 from rota.serving.model.request import Request, RequestId
+from rota.serving.sim.fleet import FLEET, FLEET_FAULTS, SimulatedFleet, StartUp
 from rota.serving.sim.ground_truth import GroundTruth
 from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, Lost, SequenceState, SimulatedInstance, SimulatedMachine
-from rota.serving.sim.migration import Hooks, MigrationFact, Moves, Transfer
+from rota.serving.sim.messages import MESSAGE_FAULTS, Messages
+from rota.serving.sim.migration import Hooks, Moves, Transfer
 from rota.serving.sim.samples import Sampler
 from rota.serving.stack import engine_policies
 
@@ -54,9 +60,6 @@ Followers = Callable[[RequestId, Instant], Iterable[tuple[Request, int]]]
 
 RANK_REPORT = 2
 RANK_FAULT = 3
-
-MESSAGE_FAULTS = ("late_messages", "doubled_messages", "lost_messages")
-"""What an instance has to say of its moves comes late, or a second time, by `magnitude` seconds; or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ class WorldOptions:
     """From a crash until the instance takes requests again, where the fault does not say."""
     transfer: Transfer = Transfer()
     """How the KV of requests that move travels."""
+    start_up: StartUp = StartUp()
+    """How long instances take to start, where a stack scales them."""
     resume: bool = False
     """Whether a request outlives the crash of its instance after its first token: it goes on elsewhere with the tokens
     that its client has got."""
@@ -134,6 +139,9 @@ class SimulatedCluster:
         self._retired: list[SimulatedMachine] = []
         self._specs = {spec.id: spec for spec in config.instances}
         self._incarnations = dict.fromkeys(self._specs, 0)
+        self._ranks = {
+            spec.id: RANK_STEP - len(config.instances) + number for number, spec in enumerate(config.instances)
+        }
         self.sampler = Sampler(tuple(self._specs))
         self._on_ended = on_ended
         self._on_record = self.records.append if on_record is None else on_record
@@ -142,13 +150,21 @@ class SimulatedCluster:
         """Those who rest from the step on that is just ending."""
         self._followers = followers
         self._faults = faults
-        self._spoils_messages = any(fault.kind in MESSAGE_FAULTS for fault in faults)
-        self.moves = Moves(
-            self.loop, options.transfer, self._instances, Hooks(self._say, self._on_stopped, self._on_handed_over)
-        )
+        hooks = Hooks(Messages(self.loop, faults).say, self._on_stopped, self._on_handed_over)
+        self.moves = Moves(self.loop, options.transfer, self._instances, hooks)
         self.cluster = build_cluster(config.stack, config.seed)
         """The router's machine, to be read."""
         self.loop.add_machine(CLUSTER, self.cluster, self._carry_out)
+        self._fleet: SimulatedFleet | None = None
+        if self.cluster.fleet is not None:
+            self._fleet = SimulatedFleet(
+                self.loop,
+                self.cluster.fleet.scale_every,
+                options.start_up,
+                faults,
+                bring_up=self._bring_up,
+                take_down=self._take_down,
+            )
         for spec in config.instances:
             self._start_instance(spec)
         for fault in faults:
@@ -160,6 +176,8 @@ class SimulatedCluster:
         if self._options.report_interval:
             for instance_id in self._specs:
                 self._schedule_report(instance_id)
+        if self._fleet is not None:
+            self._fleet.begin()
         self.loop.run()
 
     def machines(self) -> list[SimulatedMachine]:
@@ -209,6 +227,10 @@ class SimulatedCluster:
             self._end(command.request_id, "rejected", now, command.reason)
         elif isinstance(command, Fail):
             self._end(command.request_id, "failed", now, command.reason)
+        elif isinstance(command, StartInstance) and self._fleet is not None:
+            self._fleet.start(command, now)
+        elif isinstance(command, StopInstance) and self._fleet is not None:
+            self._fleet.stop(command, now)
         elif isinstance(command, Migrate | CopyOut | HandOver | Commit | AbortMigration):
             moving = self._open.get(command.request_id)
             request, decode_at = (None, None) if moving is None else (moving.request, moving.decode_at)
@@ -255,29 +277,6 @@ class SimulatedCluster:
             entry.stopped_at = None
         # For one that was dispatched again this is the first token of the attempt; else it is known that it runs.
         self._next_token(entry, instance_id, at)
-
-    def _say(self, fact: MigrationFact, source: InstanceId, destination: InstanceId) -> None:
-        """Tell the router of a move: at once, late, twice or not at all."""
-        late = self._spoiled("late_messages", source, destination)
-        if self._spoiled("lost_messages", source, destination) is not None:
-            return
-        if late is None:
-            self.loop.deliver(CLUSTER, fact)
-        else:
-            self._say_later(fact, late)
-        twice = self._spoiled("doubled_messages", source, destination)
-        if twice is not None:
-            self._say_later(fact, twice)
-
-    def _say_later(self, fact: MigrationFact, fault: Fault) -> None:
-        at = after(self.loop.now, seconds(fault.magnitude))
-        self.loop.call_at(at, lambda _: self.loop.deliver(CLUSTER, fact), RANK_REPORT)
-
-    def _spoiled(self, kind: str, *instance_ids: InstanceId) -> Fault | None:
-        if not self._spoils_messages:
-            return None
-        faults = [self._faults.active(kind, instance_id, self.loop.now) for instance_id in instance_ids]
-        return next((fault for fault in faults if fault is not None), None)
 
     def _on_stopped(self, request_id: RequestId, at: Instant) -> None:
         entry = self._open.get(request_id)
@@ -357,11 +356,33 @@ class SimulatedCluster:
             step_overhead=self._options.step_overhead,
             incarnation=self._incarnations[spec.id],
             leap=self._options.leap,
-            rank=RANK_STEP - 1 - list(reversed(self._specs)).index(spec.id),
+            rank=self._ranks[spec.id],
             journeys=self,
             tells_of_sequences=self.cluster.reads_sequences,
         )
         self.loop.deliver(CLUSTER, InstanceStarted(spec))
+
+    def _bring_up(self, instance_id: InstanceId) -> None:
+        """One more instance is ready, like the first that the configuration names."""
+        spec = msgspec.structs.replace(self.config.instances[0], id=instance_id)
+        self._specs[instance_id] = spec
+        self._incarnations[instance_id] = 0
+        self._ranks[instance_id] = RANK_STEP - 1 - len(self._ranks)
+        self.sampler.add(instance_id)
+        self._start_instance(spec)
+        if self._options.report_interval:
+            self._schedule_report(instance_id)
+
+    def _take_down(self, instance_id: InstanceId) -> None:
+        """An instance ends for good. Whatever it still has is lost; there should be nothing."""
+        instance = self._instances.pop(instance_id, None)
+        if instance is None:
+            return
+        lost = instance.crash()
+        self._retired.append(instance.machine)
+        for one in lost:
+            self._lose(one, instance_id, self.loop.now)
+        self.moves.instance_lost(instance)
 
     def _build_machine(self, spec: InstanceSpec) -> SimulatedMachine:
         if self._engine == "model":
@@ -374,6 +395,8 @@ class SimulatedCluster:
 
     def _schedule_report(self, instance_id: InstanceId) -> None:
         def report(now: Instant) -> None:
+            if self._fleet is not None and self._fleet.is_stopped(instance_id):
+                return
             instance = self._instances.get(instance_id)
             if instance is not None:
                 taken = instance.report()
@@ -392,12 +415,14 @@ class SimulatedCluster:
 
     def _schedule_fault(self, fault: Fault) -> None:
         strikes = {"crash": self._crash, "slow": self._slow_down, "client_leaves": self._leave}
-        if fault.kind not in strikes and fault.kind not in MESSAGE_FAULTS:
-            kinds = ", ".join(sorted([*strikes, *MESSAGE_FAULTS]))
+        looked_up = MESSAGE_FAULTS + FLEET_FAULTS
+        if fault.kind not in strikes and fault.kind not in looked_up:
+            kinds = ", ".join(sorted([*strikes, *looked_up]))
             raise ConfigError(f"unknown kind of fault {fault.kind!r}", hint=f"kinds are {kinds}")
-        if fault.kind != "client_leaves" and fault.target not in self._specs:
+        is_known = fault.target in self._specs or fault.kind == "client_leaves" or self._fleet is not None
+        if not is_known or (fault.kind in FLEET_FAULTS and fault.target != FLEET):
             raise ConfigError(f"a {fault.kind} fault names the unknown instance {fault.target!r}")
-        if fault.kind in MESSAGE_FAULTS:
+        if fault.kind in looked_up:
             return  # looked up whenever there is something to say
         self.loop.call_at(fault.at, lambda now: strikes[fault.kind](fault, now), RANK_FAULT)
 
@@ -405,7 +430,9 @@ class SimulatedCluster:
         instance_id = InstanceId(fault.target)
         instance = self._instances.pop(instance_id, None)
         if instance is None:
-            return  # it is down already
+            if self._fleet is not None:
+                self._fleet.crash(instance_id)
+            return  # it is not there, or down already
         lost = instance.crash()
         self._retired.append(instance.machine)
         self.loop.deliver(CLUSTER, InstanceLost(instance_id, "crashed"))
@@ -414,6 +441,8 @@ class SimulatedCluster:
         self.moves.instance_lost(instance)
 
         def restart(later: Instant) -> None:
+            if self._fleet is not None and self._fleet.is_stopped(instance_id):
+                return
             self._incarnations[instance_id] += 1
             self._start_instance(self._specs[instance_id])
 

@@ -20,6 +20,11 @@ class Sampler:
         self._spacing = dict.fromkeys(instance_ids, 0)
         self._next_at = dict.fromkeys(instance_ids, 0)
 
+    def add(self, instance_id: InstanceId) -> None:
+        """One more instance."""
+        self.series[instance_id] = Samples()
+        self._spacing[instance_id] = self._next_at[instance_id] = 0
+
     def on_step(self, instance_id: InstanceId, at: Instant, machine: SimulatedMachine) -> None:
         """Note how an instance stands, unless it was noted a moment ago."""
         if at < self._next_at[instance_id]:
