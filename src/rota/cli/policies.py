@@ -16,7 +16,7 @@ from rota.serving.stack import REGISTRIES, StackConfig
 
 ROUTER_KINDS = ("dispatch", "admission", "migration", "scaling")
 _HOST_SIMULATOR, _HOST_VLLM, _HOST_ROUTER = "simulator", "vLLM 0.32", "router"
-_SERVICES = {"stream"}
+_SERVICES = {"stream", "predictor"}
 """Constructor parameters that assembly fills in, never a user."""
 
 

@@ -12,6 +12,7 @@ chunk_size = 256
 ```
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from rota.serving.policies.memory import MEMORY
 from rota.serving.policies.migration import MIGRATION
 from rota.serving.policies.order import ORDER
 from rota.serving.policies.scaling import SCALING
+from rota.serving.predictors.demand import DEMAND
 
 REGISTRIES: Mapping[str, Registry] = {
     "order": ORDER,
@@ -64,6 +66,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     admission: dict[str, Any] = {}
     migration: dict[str, Any] = {}
     scaling: dict[str, Any] = {}
+    demand: dict[str, Any] = {}
 
 
 class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,6 +81,8 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scaling: str = "none"
     fleet: FleetRules = FleetRules()
     """Bounds of whatever scales."""
+    demand: str = "holt_winters"
+    """What a scaling policy that forecasts is given to forecast with."""
     parameters: Parameters = Parameters()
 
 
@@ -122,8 +127,15 @@ def cluster_policies(config: StackConfig, streams: RandomStreams) -> ClusterPoli
         dispatch=_create("dispatch", config, {"stream": streams.stream("dispatch")}),
         admission=_create("admission", config, {}),
         migration=_create("migration", config, {}),
-        scaling=_create("scaling", config, {}),
+        scaling=_create("scaling", config, _predictor_of(config)),
     )
+
+
+def _predictor_of(config: StackConfig) -> Mapping[str, object]:
+    """A scaling policy that names `predictor` in its constructor gets one; others need not have it installed."""
+    if "predictor" not in inspect.signature(SCALING.load(config.scaling, where="stack: scaling")).parameters:
+        return {}
+    return {"predictor": DEMAND.create(config.demand, config.parameters.demand, where="stack: demand")}
 
 
 def refuse_missing(

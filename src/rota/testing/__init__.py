@@ -8,6 +8,7 @@ from rota.testing.formats import check_format
 from rota.testing.memory import check_memory_policy
 from rota.testing.migration import check_migration_policy
 from rota.testing.order import check_order_policy
+from rota.testing.scaling import check_scaling_policy
 from rota.testing.step_time import check_step_time
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "check_memory_policy",
     "check_migration_policy",
     "check_order_policy",
+    "check_scaling_policy",
     "check_step_time",
 ]
