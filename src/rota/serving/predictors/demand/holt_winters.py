@@ -15,7 +15,7 @@ class HoltWinters:
     for each bin of the season. Before, the trend alone (Holt), and for the first few bins the last value.
 
     The smoothing constants are fitted anew (least squares) every `refit_every` forecasts, and used as they are in
-    between: a fit over some thousand bins takes seconds, smoothing with known constants a few milliseconds. A
+    between: a fit takes a second or so, smoothing with known constants ten milliseconds. A
     forecast below 0 is 0.
 
     Needs statsmodels (`pip install 'rota[forecast]'`).
