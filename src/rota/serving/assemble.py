@@ -86,8 +86,14 @@ def build(config: SystemConfig) -> System:
 
 
 def refuse_roles(stack: StackConfig, instances: Sequence[InstanceSpec]) -> None:
-    """Raise `ConfigError` where instances have roles that the stack's dispatch policy does not look at."""
+    """Raise `ConfigError` where instances have roles that the stack's dispatch policy does not look at, or that its
+    scaling policy could not tell apart."""
     given = next((spec for spec in instances if spec.role is not Role.MIXED), None)
+    if given is not None and stack.scaling != "none":
+        raise ConfigError(
+            f"instance {given.id} is for {given.role} only, and scaling policy {stack.scaling!r} starts mixed ones",
+            hint='leave scaling = "none" where instances have roles',
+        )
     registry = REGISTRIES["dispatch"]
     if given is None or getattr(registry.load(stack.dispatch), "reads_roles", False):
         return

@@ -49,6 +49,7 @@ from rota.serving.sim.ground_truth import GroundTruth
 from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, Lost, SequenceState, SimulatedInstance, SimulatedMachine
 from rota.serving.sim.messages import MESSAGE_FAULTS, Messages
 from rota.serving.sim.migration import Hooks, Moves, Transfer
+from rota.serving.sim.open_request import OpenRequest
 from rota.serving.sim.samples import Sampler
 from rota.serving.stack import engine_policies
 
@@ -125,7 +126,7 @@ class SimulatedCluster:
         self._step_times = step_times
         self._truth = GroundTruth()
         self._arrivals: Iterator[tuple[Request, int]] = iter(arrivals)
-        self._open: dict[RequestId, _Open] = {}
+        self._open: dict[RequestId, OpenRequest] = {}
         refuse_roles(config.stack, config.instances)
         has_roles = any(spec.role is not Role.MIXED for spec in config.instances)
         if engine == "vllm" and (has_roles or config.stack.migration != "none"):
@@ -146,7 +147,7 @@ class SimulatedCluster:
         self._on_ended = on_ended
         self._on_record = self.records.append if on_record is None else on_record
         self._num_ended = 0
-        self._resting: list[_Open] = []
+        self._resting: list[OpenRequest] = []
         """Those who rest from the step on that is just ending."""
         self._followers = followers
         self._faults = faults
@@ -155,20 +156,21 @@ class SimulatedCluster:
         self.cluster = build_cluster(config.stack, config.seed)
         """The router's machine, to be read."""
         self.loop.add_machine(CLUSTER, self.cluster, self._carry_out)
-        self._fleet: SimulatedFleet | None = None
-        if self.cluster.fleet is not None:
-            self._fleet = SimulatedFleet(
-                self.loop,
-                self.cluster.fleet.scale_every,
-                options.start_up,
-                faults,
-                bring_up=self._bring_up,
-                take_down=self._take_down,
-            )
+        self._fleet = self._build_fleet()
         for spec in config.instances:
             self._start_instance(spec)
         for fault in faults:
             self._schedule_fault(fault)
+
+    def _build_fleet(self) -> SimulatedFleet | None:
+        book = self.cluster.fleet
+        if book is None:
+            return None
+        bring_up, take_down = self._bring_up, self._take_down
+        start_up = self._options.start_up
+        return SimulatedFleet(
+            self.loop, book.scale_every, start_up, self._faults, bring_up=bring_up, take_down=take_down
+        )
 
     def run(self) -> None:
         """Play until every request has ended. Raises `StarvationError` if one never would."""
@@ -199,7 +201,7 @@ class SimulatedCluster:
             if is_open:
                 self._schedule_next_arrival()
             self._truth.add(request, num_output_tokens)
-            self._open[request.id] = _Open(request)
+            self._open[request.id] = OpenRequest(request)
             self.loop.deliver(CLUSTER, RequestArrived(request))
 
         self.loop.call_at(request.arrived_at, arrive, RANK_ARRIVAL)
@@ -244,7 +246,7 @@ class SimulatedCluster:
             entry.first_token_at = at
             self._next_token(entry, instance_id, at)
 
-    def _next_token(self, entry: "_Open", instance_id: InstanceId, at: Instant) -> None:
+    def _next_token(self, entry: OpenRequest, instance_id: InstanceId, at: Instant) -> None:
         """Tell the router that the next token of an attempt has come. One that was dispatched for its prefill rests
         first, so that the router can send it on as it is."""
         if not entry.rests_next:
@@ -483,36 +485,3 @@ class SimulatedCluster:
         if request_id in self._open:
             self.loop.deliver(CLUSTER, ClientLeft(request_id))
             self._end(request_id, "aborted", now, "the client left")
-
-
-class _Open:
-    """What the world notes about a request that has not ended."""
-
-    __slots__ = (
-        "decode_at",
-        "downtime",
-        "first_token_at",
-        "instance_id",
-        "num_cached_tokens",
-        "num_migrations",
-        "num_preemptions",
-        "request",
-        "rests_next",
-        "stopped_at",
-    )
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.first_token_at: Instant | None = None
-        self.instance_id: InstanceId | None = None
-        self.num_migrations = 0
-        self.num_cached_tokens = 0
-        """At the instances that it has left."""
-        self.num_preemptions = 0
-        """At the instances that it has left."""
-        self.downtime = 0
-        self.stopped_at: Instant | None = None
-        self.rests_next = False
-        """Whether it was dispatched for its prefill, and its next token has not come."""
-        self.decode_at: InstanceId | None = None
-        """Where its blocks go while its prompt is computed."""
