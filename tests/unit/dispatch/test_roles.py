@@ -1,15 +1,19 @@
 """The dispatch policies that look at roles: their rules, case by case."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rota.base.errors import ConfigError
+from rota.base.errors import ConfigError, DataError
 from rota.base.instant import Instant
 from rota.base.random_streams import Stream
 from rota.serving.api import InstanceId, Request, RequestId, Role, SequenceReport
 from rota.serving.policies.dispatch.pools import Pools
 from rota.serving.policies.dispatch.power_of_two_by_class import PowerOfTwoByClass
+from rota.serving.policies.dispatch.prefill_or_together import PrefillOrTogether
+from rota.serving.policies.heat_map import load_heat_map
 from rota.serving.policies.observed_lengths import ObservedLengths
 from rota.testing.dispatch import ClusterSample, InstanceSample
 
@@ -188,8 +192,91 @@ def test_lengths_are_those_of_like_prompts_and_bounded():
         (lambda: Pools(expected_output_tokens=-1), "expected_output_tokens"),
         (lambda: by_class(heavy_tokens=0), "heavy_tokens"),
         (lambda: by_class(reserve="some"), "reserve"),
+        (lambda: PrefillOrTogether(balance_tokens=-1), "balance_tokens"),
+        (lambda: PrefillOrTogether(guess_tokens=0), "guess_tokens"),
     ],
 )
 def test_bad_parameters_are_refused(make, what):
     with pytest.raises(ConfigError, match=what):
         make()
+
+
+# --- prefill or together ----------------------------------------------------------------------------------------------
+
+
+def heat_map(tmp_path, gain):
+    """A map in which prompts of 1,000 tokens gain, those of 100 lose, and those of 10 do neither."""
+    path = tmp_path / "map.json"
+    gains = [[[0.0, 0.0]], [[-gain, -gain]], [[gain, gain]]]
+    cells = {"prompt_tokens": [10, 100, 1000], "ratios": [1.0], "loads": [0.3, 0.6], "gains": gains}
+    path.write_text(json.dumps({"source": "test", **cells}), encoding="utf-8")
+    return str(path)
+
+
+def test_lengths_that_gain_are_split_and_others_are_not(tmp_path):
+    policy = PrefillOrTogether(heat_map=heat_map(tmp_path, 0.2))
+    shown = cluster(instance("m", M), instance("p", P), instance("x", D, booked=90), instance("y", D, booked=80))
+    apart = policy.pick(request(1000), shown)
+    assert apart.instance_id == "p" and apart.prefill_only and "+0.40" in apart.reason
+    together = policy.pick(request(100), shown)
+    assert together.instance_id == "m" and not together.prefill_only and "-0.40" in together.reason
+    assert policy.pick_decode(request(1000), InstanceId("p"), shown).instance_id == "y"
+
+
+def test_where_there_is_only_the_one_kind_it_is_taken(tmp_path):
+    policy = PrefillOrTogether(heat_map=heat_map(tmp_path, 0.2))
+    assert policy.pick(request(1000), cluster(instance("m", M), instance("n", M, pending=9))).instance_id == "m"
+    assert policy.pick(request(100), cluster(instance("p", P), instance("x", D))).prefill_only
+    assert not policy.pick(request(1000), cluster(instance("p", P))).prefill_only
+    assert policy.pick_decode(request(1000), InstanceId("p"), cluster(instance("p", P))).instance_id == "p"
+    alone = cluster(instance("p", P), instance("m", M))
+    assert policy.pick(request(1000), alone).instance_id == "m", "nobody decodes apart"
+
+
+@given(
+    roles=st.lists(st.sampled_from([P, M]), min_size=1, max_size=5),
+    pending=st.lists(st.integers(0, 6000), min_size=5, max_size=5),
+    cached=st.lists(st.integers(0, 8), min_size=5, max_size=5),
+)
+def test_a_map_of_zeros_is_prefix_then_least_load(tmp_path_factory, roles, pending, cached):
+    policy = PrefillOrTogether(heat_map=heat_map(tmp_path_factory.getbasetemp(), 0.0), balance_tokens=2000)
+    views = [
+        instance(f"i{number}", role, pending=pending[number], num_cached_blocks=cached[number])
+        for number, role in enumerate(roles)
+    ]
+    each = Request(RequestId("r"), Instant(0), 1000, 100, block_hashes=tuple(range(60)))
+    loads = pending[: len(roles)]
+    longest = max(cached[: len(roles)])
+    if longest and max(loads) - min(loads) <= 2000:
+        views_left = [view for view in views if view.num_cached_blocks == longest]
+    else:
+        views_left = views
+    expected = min(views_left, key=lambda view: view.num_outstanding_tokens).id
+    assert policy.pick(each, cluster(*views, instance("x", D))).instance_id == expected
+
+
+def test_the_shipped_map_says_that_short_outputs_to_long_prompts_gain():
+    shipped = load_heat_map("llama-3.1-8b-a100")
+    assert shipped.gain(2048, 128) > 0 > shipped.gain(2048, 2048)
+    assert shipped.gain(1, 1) == shipped.gain(128, 128), "the nearest cell"
+    assert shipped.gain(10**6, 10**9) == shipped.gain(8192, 8192 * 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"source": "x", "prompt_tokens": [2, 1], "ratios": [1], "loads": [1], "gains": [[[0]], [[0]]]}',
+     '{"source": "x", "prompt_tokens": [1], "ratios": [1], "loads": [1], "gains": [[[0, 0]]]}'],
+)  # fmt: skip
+def test_a_file_that_is_no_heat_map_is_refused(tmp_path, text):
+    path = tmp_path / "map.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="not a heat map"):
+        load_heat_map(str(path))
+
+
+def test_a_heat_map_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        load_heat_map(str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match="unknown heat map 'llama'") as raised:
+        load_heat_map("llama")
+    assert "llama-3.1-8b-a100" in raised.value.hint
