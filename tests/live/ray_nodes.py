@@ -56,6 +56,17 @@ def pids(words: str) -> list[int]:
     return found
 
 
+def members(session: int) -> list[int]:
+    """Processes of a session, whatever became of the one that began it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
 async def until(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     try:
         async with asyncio.timeout(seconds):

@@ -4,6 +4,7 @@ pytest -m slow -s tests/live/test_ray_serve.py
 """
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -215,3 +216,33 @@ def test_what_no_node_has_is_named(three: Cluster) -> None:
         RayCluster(None, Needs(num_gpus=2, resources={"tpu": 1}))
     assert "--await-nodes" in (raised.value.hint or "")
     RayCluster(None, Needs(num_gpus=2), await_nodes=True)
+
+
+@pytest.mark.asyncio
+async def test_an_engine_without_room_waits_says_so_and_can_be_stopped(three: Cluster, tmp_path: Path) -> None:
+    stray: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: stray.append(context))
+    cluster = RayCluster(None, Needs(num_cpus=64), await_nodes=True)
+    engine = RayEngine(plan(tmp_path, 0), cluster)
+    await engine.start()
+    await until(lambda: "room" in engine._why_not, "it has asked")
+    with pytest.raises(EngineError, match=r"no node of the Ray cluster has room for it yet \(CPU 64\)"):
+        await engine.probe()
+    await engine.stop()
+    await asyncio.sleep(0.5)
+    gc.collect()
+    assert not actors()
+    assert not stray, stray
+
+
+def test_the_autoscaler_is_asked_for_room(three: Cluster) -> None:
+    from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    cluster = RayCluster(None, Needs(num_cpus=0.5, resources={"tpu": 1}), await_nodes=True)
+    for num_instances in (3, 0):
+        cluster.keep_room_for(num_instances)
+        assert (
+            json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
+            == [{"CPU": 0.5, "tpu": 1.0}] * num_instances
+        )

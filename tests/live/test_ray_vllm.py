@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
-from tests.live.ray_nodes import kill, nodes, until
+from tests.live.ray_nodes import kill, members, nodes, pids, until
 from tests.live.test_failover import Heard, ask, body_of, wrong_among
 
 from rota.serving.engines.model_package import prepare_model
@@ -38,7 +38,8 @@ async def test_a_node_is_killed_under_load(tmp_path: Path) -> None:
     with nodes(3, num_cpus=1) as ray_nodes:
         cluster = RayCluster(None, Needs())
         plans = [VllmPlan(f"ray-{i}", str(tmp_path), cores=str(i), options=SETTINGS) for i in range(2)]
-        engines = [RayEngine(plan, cluster) for plan in plans]
+        # A machine that is busy is no reason to take an engine for dead: a node that is gone is noticed otherwise.
+        engines = [RayEngine(plan, cluster, probe_timeout_seconds=60.0) for plan in plans]
         bodies = [body_of(index, chat=chat, max_tokens=40) for index in range(3) for chat in (True, False)]
         async with (
             running_router(num_simulated=0, engines=engines, serve=SERVE, ready_seconds=START_SECONDS) as running,
@@ -61,12 +62,15 @@ async def test_a_node_is_killed_under_load(tmp_path: Path) -> None:
                 victim = next(each for each in engines if each.node_id != ray_nodes.head_node.node_id)
                 node_id = victim.node_id
                 assert node_id is not None
+                (session_id,) = pids(f"--port {victim.client.port} ")
+                assert len(members(session_id)) > 1
                 # Streams that began, so that they have something to go on from.
                 await until(lambda: any(router.streams_at(victim.id).values()), "the victim streams")
                 began = time.monotonic()
                 await asyncio.to_thread(kill, ray_nodes, node_id)
                 await until(lambda: victim.id not in statuses, "its loss is noticed")
                 noticed = time.monotonic() - began
+                await until(lambda: not members(session_id), "nothing of the engine is left")
                 await until(lambda: victim.id in statuses, "Ray started it again", seconds=START_SECONDS)
                 back = time.monotonic() - began
                 num_back = len(heard)

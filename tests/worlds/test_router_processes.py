@@ -160,6 +160,34 @@ asyncio.run(serve(ServeConfig(port=0, drain_seconds=30), loop=LiveLoop(SystemClo
 """
 
 
+LOSES_ITS_CHILDREN = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from rota.serving.engines.process import EngineProcess, ProcessSpec
+
+async def main():
+    await EngineProcess(ProcessSpec("e", ("/bin/sh", "-c", "sleep 1000 & echo $!; wait"), sys.argv[1])).start()
+    while not Path(sys.argv[1]).read_text().endswith("\\n"):
+        await asyncio.sleep(0.01)
+    children = Path("/proc/self/task/%d/children" % os.getpid())
+    while len(children.read_text().split()) != 1:  # the guard has not left yet
+        await asyncio.sleep(0.01)
+    os.kill(int(children.read_text()), signal.SIGKILL)
+    os._exit(1)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_left_where_all_children_are_killed_with_their_parent(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    ended = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", LOSES_ITS_CHILDREN, str(log)], check=False)
+    assert ended.returncode == 1
+    grandchild = int(log.read_text())
+    await until(lambda: not is_alive(grandchild), "what the engine had started is gone", seconds=5)
+
+
 def start_router(tmp_path: Path) -> tuple[subprocess.Popen[str], str, int]:
     router = subprocess.Popen(
         [sys.executable, "-c", ROUTER, str(tmp_path / "a.log")],

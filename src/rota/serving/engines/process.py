@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ _TAIL_LINES = 12
 
 _GUARD = """
 import os, signal, sys
+if os.fork():
+    os._exit(0)
 pipe, group = int(sys.argv[1]), int(sys.argv[2])
 for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(each, signal.SIG_IGN)
@@ -33,7 +36,8 @@ if os.read(pipe, 1) == b"":
     except ProcessLookupError:
         pass
 """
-"""A byte on the pipe means that the group was ended in order; its closing without one means that the router died."""
+"""A byte on the pipe means that the group was ended in order; its closing without one means that the router died. It is
+nobody's child: whoever ends a process with all of its children, as Ray does, must not end the guard before its work."""
 
 
 class ProcessSpec(msgspec.Struct, frozen=True):
@@ -81,7 +85,6 @@ class EngineProcess:
         """Why it will not be started again, once that is so."""
         self._restart = restart or RestartRule()
         self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
         self._guard_pipe = -1
         self._log_offset = 0
         self._keeper: asyncio.Task[None] | None = None
@@ -160,7 +163,7 @@ class EngineProcess:
     def _post_guard(self, group: int) -> None:
         reading, self._guard_pipe = os.pipe()
         try:
-            self._guard = subprocess.Popen(
+            guard = subprocess.Popen(
                 [sys.executable, "-S", "-E", "-c", _GUARD, str(reading), str(group)],
                 pass_fds=(reading,),
                 stdin=subprocess.DEVNULL,
@@ -168,16 +171,17 @@ class EngineProcess:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            # It leaves as soon as its child is there; to wait for that here would hold everything else up.
+            threading.Thread(target=guard.wait, daemon=True).start()
         finally:
             os.close(reading)
 
     def _dismiss_guard(self) -> None:
-        guard, self._guard = self._guard, None
-        if guard is not None:
+        pipe, self._guard_pipe = self._guard_pipe, -1
+        if pipe >= 0:
             with contextlib.suppress(BrokenPipeError):
-                os.write(self._guard_pipe, b"x")
-            os.close(self._guard_pipe)
-            guard.wait()
+                os.write(pipe, b"x")
+            os.close(pipe)
 
     async def _keep(self) -> None:
         rule = self._restart

@@ -31,6 +31,10 @@ def join(address: str | None, flag: str) -> tuple[Any, bool]:
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
+        if _wants_token(error):
+            raise ConfigError(
+                f"{flag}: the cluster wants a token", hint="set RAY_AUTH_MODE=token, and see ray get-auth-token --help"
+            ) from None
         raise _no_cluster(flag, " ".join(str(error).split())[:200]) from None
     return ray, True
 
@@ -49,6 +53,15 @@ def _refuse_unreachable(address: str | None, flag: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise _no_cluster(flag, f"{address}: {error}") from None
+
+
+def _wants_token(error: BaseException | None) -> bool:
+    """Whether Ray says so somewhere behind an error. Clusters of `ray start` may, from 2.60 or so on."""
+    while error is not None:
+        if "InvalidAuthToken" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _no_cluster(flag: str, why: str) -> ConfigError:

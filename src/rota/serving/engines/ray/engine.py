@@ -30,12 +30,12 @@ OWNER = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
 class RayEngine(OpenAIEngine):
     """One engine on a Ray cluster. Where Ray started it anew, it is lost and becomes ready again at another URL."""
 
-    def __init__(self, plan: EnginePlan, cluster: RayCluster, **options: float) -> None:
-        """`options` are the actor's own, such as `lease_seconds`."""
-        super().__init__(InstanceId(plan.instance_id), "http://nowhere.invalid")
+    def __init__(self, plan: EnginePlan, cluster: RayCluster, *, probe_timeout_seconds: float = 5.0) -> None:
+        super().__init__(
+            InstanceId(plan.instance_id), "http://nowhere.invalid", probe_timeout_seconds=probe_timeout_seconds
+        )
         self._plan = plan
         self._cluster = cluster
-        self._options = options
         self._exited: Callable[[str], None] = lambda reason: None
         self._actor: Any = None
         self._asking: asyncio.Future[Whereabouts | Refused] | None = None
@@ -68,12 +68,15 @@ class RayEngine(OpenAIEngine):
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
+        self._ask_no_more()
         await super().stop()
         if not self._has_actor:
             return
-        with contextlib.suppress(Exception):  # Whatever Ray says to it, what comes next ends the actor.
-            async with asyncio.timeout(STOP_SECONDS):
-                await self._actor.stop.remote()
+        # Whatever Ray says to it, what comes next ends the actor. One that has no node yet would not answer.
+        if self._where is not None:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._actor.stop.remote()
         await asyncio.to_thread(self._end)
 
     def kill(self) -> None:
@@ -117,7 +120,7 @@ class RayEngine(OpenAIEngine):
         """Ask the actor where it is. None while it does not answer, for want of a node say; the question stands."""
         if self._actor is None:
             self._num_placed += 1
-            self._actor = await asyncio.to_thread(self._cluster.place, self._plan, **self._options)
+            self._actor = await asyncio.to_thread(self._cluster.place, self._plan)
         if self._asking is None:
             reference = self._actor.where.remote(OWNER, __version__, self._plan, self._has_served)
             self._asking = asyncio.wrap_future(reference.future())
@@ -168,11 +171,17 @@ class RayEngine(OpenAIEngine):
 
     def _forget(self, why: str) -> None:
         """The actor is no more: another one takes its place, unless none ever starts."""
+        self._ask_no_more()
         self._actor = self._where = None
         self._has_served = False
         self._why_not = why
         if self._num_placed >= NUM_PLACED_MAX:
             self._give_up(f"{self.id}: Ray cannot start it: {why}")
+
+    def _ask_no_more(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
 
     def _give_up(self, why: str) -> None:
         self._given_up = why
