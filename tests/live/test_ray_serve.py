@@ -240,9 +240,9 @@ def test_the_autoscaler_is_asked_for_room(three: Cluster) -> None:
     from ray.experimental.internal_kv import _internal_kv_get
 
     cluster = RayCluster(None, Needs(num_cpus=0.5, resources={"tpu": 1}), await_nodes=True)
-    for num_instances in (3, 0):
-        cluster.keep_room_for(num_instances)
-        assert (
-            json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
-            == [{"CPU": 0.5, "tpu": 1.0}] * num_instances
-        )
+    asked = []
+    for name, wanted in (("a", True), ("b", True), ("a", True), ("a", False), ("b", False)):
+        cluster.keep_room(name, wanted)
+        asked.append(json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)))
+    assert [len(bundles) for bundles in asked] == [1, 2, 2, 1, 0]
+    assert asked[0] == [{"CPU": 0.5, "tpu": 1.0}]

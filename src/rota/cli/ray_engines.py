@@ -1,7 +1,7 @@
 """Engines of `rota serve --on ray`: the flags that are about them, and what they become."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ LOCAL, RAY = "local", "ray"
 
 
 class RayChoice:
-    """A Ray cluster, chosen by flags and joined when engines are placed on it."""
+    """A Ray cluster, chosen by flags and joined when the first engine is to be placed on it."""
 
     def __init__(self, address: str | None, needs: "Needs", *, await_nodes: bool) -> None:
         self._address = address
@@ -25,10 +25,19 @@ class RayChoice:
         self._await_nodes = await_nodes
         self._cluster: RayCluster | None = None
 
+    def engines(self, plan: "Callable[[str, int], EnginePlan]", num_instances: int) -> "list[RayEngine]":
+        """So many engines, `ray-0` and so on. Raises `ConfigError` where the cluster cannot be joined or has no node
+        for one."""
+        from rota.serving.engines.ray.cluster import RayCluster
+
+        cluster = self._cluster = RayCluster(self._address, self._needs, await_nodes=self._await_nodes)
+        from rota.serving.engines.ray.engine import RayEngine  # needs Ray, which is there by now
+
+        return [RayEngine(plan(f"ray-{index}", index), cluster) for index in range(num_instances)]
+
     def plans(
         self,
         kind: str,
-        num_instances: int,
         run_dir: Path,
         stack_path: Path | None,
         model: Path | None,
@@ -36,23 +45,20 @@ class RayChoice:
         options: dict[str, Any],
         profile: str,
         seed: int,
-    ) -> "list[EnginePlan]":
-        """One plan for each engine, `ray-0` and so on. Files are looked for on its node, but for the stack's, which is
-        read here."""
-        from rota.serving.engines.ray.plans import SimulatedPlan, VllmPlan
+    ) -> "Callable[[str, int], EnginePlan]":
+        """What makes the plan of an engine from its name and number. Files are looked for on its node, but for the
+        stack's, which is read here."""
+        from rota.serving.engines.ray.plans import EnginePlan, SimulatedPlan, VllmPlan
         from rota.serving.predictors.step_time.profiles import load_profile
 
         stack_text = None if stack_path is None else stack_path.read_text(encoding="utf-8")
         folder = str(run_dir.absolute())
-        names = [f"ray-{index}" for index in range(num_instances)]
-        if kind == "simulated":
-            load_profile(profile)  # an error here is clearer than one on each node
-            return [
-                SimulatedPlan(name, folder, profile, seed=seed + index, stack_text=stack_text)
-                for index, name in enumerate(names)
-            ]
-        return [
-            VllmPlan(
+
+        def simulated(name: str, index: int) -> EnginePlan:
+            return SimulatedPlan(name, folder, profile, seed=seed + index, stack_text=stack_text)
+
+        def vllm(name: str, index: int) -> EnginePlan:
+            return VllmPlan(
                 name,
                 folder,
                 model=None if model is None else str(model.absolute()),
@@ -63,24 +69,15 @@ class RayChoice:
                 options=options,
                 stack_text=stack_text,
             )
-            for index, name in enumerate(names)
-        ]
 
-    def engines(self, plans: "Sequence[EnginePlan]") -> "list[RayEngine]":
-        """Join the cluster, and have one engine for each plan. Raises `ConfigError` where that cannot be."""
-        from rota.serving.engines.ray.cluster import RayCluster
-
-        cluster = RayCluster(self._address, self._needs, await_nodes=self._await_nodes)
-        self._cluster = cluster
-        from rota.serving.engines.ray.engine import RayEngine  # needs Ray, which is there by now
-
-        cluster.keep_room_for(len(plans))
-        return [RayEngine(plan, cluster) for plan in plans]
+        if kind != "simulated":
+            return vllm
+        load_profile(profile)  # an error here is clearer than one on each node
+        return simulated
 
     def leave(self) -> None:
-        """Want no more room, and leave the cluster."""
+        """Leave the cluster, if it was joined."""
         if self._cluster is not None:
-            self._cluster.keep_room_for(0)
             self._cluster.close()
 
 

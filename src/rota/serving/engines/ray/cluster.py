@@ -93,6 +93,7 @@ class RayCluster:
         `await_nodes` says that such may come."""
         self._ray, self._is_ours = join(address, flag)
         self.needs = needs
+        self._wanted: set[str] = set()
         try:
             if not await_nodes:
                 nodes = [node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]]
@@ -123,12 +124,13 @@ class RayCluster:
         """End an actor at once; with `restart` Ray starts it anew."""
         self._ray.kill(actor, no_restart=not restart)
 
-    def keep_room_for(self, num_instances: int) -> None:
-        """Ask Ray's autoscaler, where there is one, for nodes that so many engines fit on; it keeps them until asked
-        otherwise. 0 takes that back."""
+    def keep_room(self, instance_id: str, wanted: bool) -> None:
+        """Ask Ray's autoscaler, where there is one, for nodes that this engine fits on beside the others; it keeps them
+        until that is taken back."""
         from ray.autoscaler.sdk import request_resources
 
-        request_resources(bundles=[self.needs.bundle()] * num_instances)
+        (self._wanted.add if wanted else self._wanted.discard)(instance_id)
+        request_resources(bundles=[self.needs.bundle()] * len(self._wanted))
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""

@@ -61,6 +61,7 @@ class RayEngine(OpenAIEngine):
 
     async def start(self) -> None:
         """Have Ray place it, and follow where it goes."""
+        self._cluster.keep_room(self.id, True)
         self._following = asyncio.create_task(self._follow(), name=f"follow {self.id}")
 
     async def stop(self) -> None:
@@ -70,6 +71,7 @@ class RayEngine(OpenAIEngine):
             await asyncio.gather(self._following, return_exceptions=True)
         self._ask_no_more()
         await super().stop()
+        self._cluster.keep_room(self.id, False)
         if not self._has_actor:
             return
         # Whatever Ray says to it, what comes next ends the actor. One that has no node yet would not answer.
