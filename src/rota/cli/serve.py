@@ -191,13 +191,12 @@ def _run(
         _refuse_what_vllm_cannot_host(stack)
     system = build(config)
     journal = _journal(config, journal_path, journal_max_bytes)
-    planned = (kind, run_dir, stack_path, model, stock, options, profile, seed)
-    plan = None if ray is None else ray.plans(*planned)
 
     async def run() -> None:
         loop = LiveLoop(SystemClock(), journal)
         engines: Sequence[Engine]
-        if ray is not None and plan is not None:
+        if ray is not None:
+            plan = ray.plans(kind, run_dir, stack_path, model, stock, options, profile, seed)
             engines = ray.engines(plan, num_instances)
         elif kind == SIMULATED:
             engines = _simulated(loop, system, config, profile)

@@ -99,7 +99,7 @@ class RayEngine(OpenAIEngine):
         if where is None or not where.url or where.ended is not None:
             raise EngineError(f"{self.id}: {where.ended if where and where.ended else self._why_not}")
         status = await super().probe()
-        if self._where is not where:
+        if self._where is None or self._where.incarnation != where.incarnation:
             raise EngineError(f"{self.id}: it was started anew meanwhile")
         self._has_served = True
         return status
