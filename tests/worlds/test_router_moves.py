@@ -1,6 +1,7 @@
 """Running streams that a policy moves between instances by replay, over and over: no client notices."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterable, Sequence, Set
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,7 +21,15 @@ from rota.serving.model.commands import Migrate
 from rota.serving.policies.admission.bounded_queue import BoundedQueue
 from rota.serving.policies.dispatch.round_robin import RoundRobin
 from rota.serving.policies.migration.drain import Drain
-from rota.testing.token_server import KINDS, Break, TokenServer, token_engines
+from rota.testing.token_server import (
+    KINDS,
+    Break,
+    TokenServer,
+    begins_character,
+    prompt_ids,
+    said,
+    token_engines,
+)
 
 
 class Shuttle:
@@ -99,6 +108,32 @@ async def test_a_stream_that_is_moved_all_the_time_is_whole(chat: bool) -> None:
     assert counts.num_committed >= 4, counts
     assert counts.downtime > 0
     assert any(isinstance(command, Migrate) for row in journal.rows for command in row.commands)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("lump_size", [2, 3])
+@pytest.mark.asyncio
+async def test_a_stream_of_several_tokens_an_event_moves_from_whole_characters_only(chat: bool, lump_size: int) -> None:
+    """The text of such an event does not say whether its last token begins a character. Ids are told once, too."""
+    extra: dict[str, Any] = {"stream_options": {"include_usage": True}}
+    bodies = [body_of(chat=chat, max_tokens=50 + index, **extra) for index in range(3)]
+    bodies.append(body_of(chat=chat, max_tokens=60, return_token_ids=True, **extra))
+    async with shuttled() as (router, servers, _):
+        for server in servers:
+            server.lump_size = lump_size
+        answers = await asyncio.gather(*(ask_router(router, body) for body in bodies))
+        assert router.cluster.machine.migration_counts().num_committed >= 4
+        assert any(begins_character(prompt_ids(body)[-1]) for server in servers for body in server.bodies) is False
+    for body, (_, raw) in zip(bodies, answers, strict=True):
+        events = [json.loads(event[6:]) for event in raw.split(b"\n\n") if b"{" in event]
+        choices = [choice for event in events for choice in event["choices"]]
+        tokens = list(said(body))
+        text = "".join((choice.get("delta") or choice).get("content", choice.get("text")) or "" for choice in choices)
+        assert text == "".join(text for _, text, _ in tokens)
+        assert events[-1]["usage"]["completion_tokens"] == len(tokens)
+        if body.get("return_token_ids"):
+            told = [token for choice in choices for token in choice.get("token_ids") or ()]
+            assert told == [token for token, _, _ in tokens]
 
 
 @pytest.mark.asyncio

@@ -113,6 +113,28 @@ def events_of(body: dict[str, Any], request_id: str, created: int) -> Iterator[d
         yield {**common, "choices": [], "usage": usage}
 
 
+def lumped(events: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """The events with so many tokens in each, but for the rest."""
+    lumps: list[dict[str, Any]] = []
+    num_in_last = size
+    for event in events:
+        if size == 1 or _token_of(event) is None:
+            lumps.append(event)
+            num_in_last = size
+        elif num_in_last == size:
+            lumps.append(event)
+            num_in_last = 1
+        else:
+            first, last = lumps[-1]["choices"][0], event["choices"][0]
+            text = _text_of(first) + _text_of(last)
+            choice = {**first, "token_ids": [*first["token_ids"], *last["token_ids"]]}
+            choice |= {"delta": {"content": text}} if "delta" in first else {"text": text}
+            choice["finish_reason"] = last["finish_reason"]
+            lumps[-1] = {**event, "choices": [choice]}
+            num_in_last += 1
+    return lumps
+
+
 class TokenServer(ScriptedServer):
     """One such server. `breaks` says how its next streams break, one each, or those of all servers that share it."""
 
@@ -131,6 +153,8 @@ class TokenServer(ScriptedServer):
         """Requests that came with a ticket for exactly their blocks."""
         self.misfits: list[dict[str, Any]] = []
         """Those that came with another."""
+        self.lump_size = 1
+        """Tokens in each event of a stream, as when vLLM's clients are behind."""
         self._leaving: dict[str, _Leaving | None] = {}
         self._breaks = breaks
         self._created = created
@@ -148,6 +172,12 @@ class TokenServer(ScriptedServer):
 
     async def _answer(self, raw: bytes, head: str, writer: asyncio.StreamWriter) -> None:
         body = json.loads(raw)
+        if head.startswith("post /detokenize"):
+            is_inside = begins_character(body["tokens"][-1])
+            writer.write(
+                plain(200, {"prompt": "".join(f" {token}" for token in body["tokens"]) + "\ufffd" * is_inside})
+            )
+            return
         self.bodies.append(body)
         fault = self._breaks.pop(0) if self._breaks else None
         await self.answers_gets()
@@ -188,7 +218,7 @@ class TokenServer(ScriptedServer):
     async def _speak(
         self, body: dict[str, Any], request_id: str, fault: Break | None, writer: asyncio.StreamWriter
     ) -> None:
-        events = list(events_of(body, request_id, self._created))
+        events = lumped(list(events_of(body, request_id, self._created)), self.lump_size)
         num_tokens = sum(_token_of(event) is not None for event in events)
         output: list[int] = []
         for index, event in enumerate(events):
@@ -291,6 +321,11 @@ class _Leaving:
 def _token_of(event: dict[str, Any]) -> int | None:
     ids = event["choices"][0].get("token_ids") if event["choices"] else None
     return ids[0] if ids else None
+
+
+def _text_of(choice: dict[str, Any]) -> str:
+    text: str = choice["delta"]["content"] if "delta" in choice else choice["text"]
+    return text
 
 
 def _ticket(body: dict[str, Any], request_id: str, output: list[int]) -> Ticket:

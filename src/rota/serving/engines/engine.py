@@ -130,6 +130,15 @@ class SupervisedEngine(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class TellsText(Protocol):
+    """An engine with `RESUME_FROM_TOKENS`: it says what tokens say."""
+
+    async def text_of(self, token_ids: list[int]) -> str:
+        """The text; what begins a character and does not end it is U+FFFD. Raises `EngineError`."""
+        ...
+
+
 class RequestStays(EngineError):
     """An engine did not let go of a request: it goes on there, or is not there. The message says why."""
 

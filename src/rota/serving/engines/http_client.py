@@ -68,10 +68,13 @@ class HttpClient:
         call.dial()
         return call
 
-    async def fetch(self, method: str, path: str, *, timeout_seconds: float, body_bytes_max: int = 4 << 20) -> bytes:
-        """A small answer in one piece. Raises `EngineError` unless it is 200 and in time."""
+    async def fetch(
+        self, method: str, path: str, *, timeout_seconds: float, body: bytes = b"", body_bytes_max: int = 4 << 20
+    ) -> bytes:
+        """A small answer in one piece; `body` is JSON. Raises `EngineError` unless it is 200 and in time."""
         collected = _Collected(body_bytes_max)
-        call = self.send(method, path, [], b"", collected)
+        headers = [(b"content-type", b"application/json")] if body else []
+        call = self.send(method, path, headers, body, collected)
         try:
             # Not `wait_for`: until Python 3.12 it may lose a cancellation that comes with the answer.
             async with asyncio.timeout(timeout_seconds):

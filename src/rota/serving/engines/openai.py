@@ -43,6 +43,11 @@ class _Models(msgspec.Struct):
     data: list[dict[str, object]] = []
 
 
+class _Detokenized(msgspec.Struct):
+    prompt: str
+
+
+_detokenized = msgspec.json.Decoder(_Detokenized).decode
 _models = msgspec.json.Decoder(_Models).decode
 
 
@@ -144,6 +149,15 @@ class OpenAIEngine:
         self.client.close()
         self.client = HttpClient(url, connect_timeout_seconds=self._connect_timeout)
         self._is_vllm, self._status, self._health_path, self._reports = False, None, "/health", True
+
+    async def text_of(self, token_ids: list[int]) -> str:
+        """What tokens say, by vLLM's `/detokenize`. Raises `EngineError` if the server does not tell."""
+        body = msgspec.json.encode({"tokens": token_ids})
+        try:
+            answer = await self.client.fetch("POST", "/detokenize", timeout_seconds=self._timeout, body=body)
+            return _detokenized(answer).prompt
+        except msgspec.MsgspecError as error:
+            raise EngineError(f"{self.client.url}/detokenize: {error}") from None
 
     async def _ask_health(self) -> None:
         try:

@@ -6,17 +6,18 @@ a stream can be tried again until its first byte. After that it goes on elsewher
 the request's terms travel (`Request.movable`); otherwise it ends with an error.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
-from rota.base.errors import LawBroken, RotaError
+from rota.base.errors import EngineError, LawBroken, RotaError
 from rota.base.instant import Duration, Instant, to_seconds
 from rota.runtime.live import LiveLoop
 from rota.serving.assemble import CLUSTER
 from rota.serving.cluster.machine import ClusterMachine
-from rota.serving.engines.engine import Engine, EngineCall, EngineStatus
+from rota.serving.engines.engine import Engine, EngineCall, EngineStatus, TellsText
 from rota.serving.engines.vllm.tickets import Ticket
 from rota.serving.live.attempt import Attempt, Client, Flight, FollowedAttempt
 from rota.serving.live.breaker import BreakerRule, CircuitBreaker
@@ -51,6 +52,9 @@ from rota.serving.model.events import (
 from rota.serving.model.instance import InstanceId, InstanceReport, SequenceReport
 from rota.serving.model.request import RequestId
 
+_TEXT_SECONDS = 10.0
+"""How long the next engine may take to say what a handful of tokens say."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +85,7 @@ class LiveCluster:
         self.drained: set[InstanceId] = set()
         """The instances that were told to take nothing new, whether they are well or not."""
         self.moves = Moves(self)
+        self._asking: set[asyncio.Task[None]] = set()
         self._breakers = {engine_id: CircuitBreaker(breaker or BreakerRule()) for engine_id in self.engines}
         self._breaker_rule = breaker or BreakerRule()
         loop.add_machine(CLUSTER, machine, self._carry_out)
@@ -264,8 +269,33 @@ class LiveCluster:
             raise LawBroken(f"law 2: {flight.call.request.id} cannot go on at {instance_id}: its tokens are unknown")
         resumption.num_resumed += 1
         flight.answer = None
-        flight.attempt = FollowedAttempt(self, flight, instance_id, resumption, on_first=on_first)
-        self.engines[instance_id].submit(resumption.next_call(ticket), flight.attempt)
+        flight.attempt = attempt = FollowedAttempt(self, flight, instance_id, resumption, on_first=on_first)
+        engine = self.engines[instance_id]
+        if resumption.num_unsure and isinstance(engine, TellsText):
+            asking = asyncio.create_task(self._go_on_from_whole(engine, attempt, resumption, ticket))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+        else:
+            engine.submit(resumption.next_call(ticket), attempt)
+
+    async def _go_on_from_whole(
+        self, engine: Engine, attempt: Attempt, resumption: Resumption, ticket: Ticket | None
+    ) -> None:
+        """Leave out what begins a character before going on: vLLM, given such a beginning at the end of a prompt,
+        answers with the text of the whole prompt."""
+        assert isinstance(engine, TellsText)
+        try:
+            async with asyncio.timeout(_TEXT_SECONDS):
+                while resumption.num_unsure and not attempt.is_over:
+                    if not (await engine.text_of(resumption.unsure_ids())).endswith("\ufffd"):
+                        break
+                    if not attempt.is_over:
+                        resumption.leave_out_last()
+        except (EngineError, TimeoutError) as error:
+            attempt.on_failed(f"it does not say whether a character ends with the last token: {error}")
+        if not attempt.is_over:
+            resumption.num_unsure = 0
+            engine.submit(resumption.next_call(ticket), attempt)
 
     def can_resume(self, instance_id: InstanceId) -> bool:
         """Whether an instance is well and goes on from token ids."""

@@ -85,7 +85,8 @@ class EventReader:
         self.broken: str | None = None
         """What is wrong with the stream, once something is. Nothing of that event, or after it, reaches the client."""
         self._resumption = resumption
-        self._num_before = len(resumption.output_token_ids)
+        self._num_before = 0
+        """Tokens that other engines made."""
         self._goes_on = resumption.has_started
         self._is_checked = not self._goes_on
         """The engine confirmed that it goes on from where we said."""
@@ -185,7 +186,9 @@ class EventReader:
             self._note_unsettled()
 
     def _note_unsettled(self) -> None:
-        self._is_unsettled = bool(self._held or self._held_ids or self._kept or self._resumption.has_finished)
+        resumption = self._resumption
+        is_inside = self._held or self._held_ids or resumption.num_unsure
+        self._is_unsettled = bool(is_inside or self._kept or resumption.has_finished)
 
     def end(self) -> None:
         """The connection ended in good order: the stream must have, too."""
@@ -256,6 +259,9 @@ class EventReader:
         if not text and choice.finish_reason is None:
             self._held.append(event)
             return b""
+        # Text that comes with one id is whole up to there; with several, the last may have brought none of it.
+        is_sure = not resumption.num_unsure and len(ids or ()) <= 1
+        resumption.num_unsure = 0 if len(ids or ()) == 1 or is_sure else resumption.num_unsure + len(self._held_ids)
         resumption.output_token_ids += self._held_ids
         resumption.has_finished = choice.finish_reason is not None
         self._held_ids.clear()
@@ -270,6 +276,7 @@ class EventReader:
             resumption.prompt_token_ids = prompt
         elif prompt == resumption.prompt():
             self._is_checked = True
+            self._num_before = len(resumption.output_token_ids)
         else:
             raise EngineError("the engine does not go on from the token ids that it was given")
 
@@ -285,6 +292,11 @@ class EventReader:
             event = _IDS.sub(rb"\1null", event)
         return event + b"\n\n"
 
+    def _not_told_before(self, ids: list[int]) -> list[int]:
+        told = self._resumption.told_before[: len(ids)]
+        del self._resumption.told_before[: len(ids)]
+        return ids[len(told) :] if ids[: len(told)] == told else ids
+
     def _as_before(self, event: bytes) -> bytes:
         resumption = self._resumption
         body: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
@@ -294,6 +306,8 @@ class EventReader:
                 choice["prompt_token_ids"] = None
             if self._strip and "token_ids" in choice:
                 choice["token_ids"] = None
+            elif choice.get("token_ids") and resumption.told_before:
+                choice["token_ids"] = self._not_told_before(choice["token_ids"])
         try:
             usage = body.get("usage")
             if usage:

@@ -33,8 +33,10 @@ class Resumption:
         "id",
         "model",
         "num_resumed",
+        "num_unsure",
         "output_token_ids",
         "prompt_token_ids",
+        "told_before",
         "why_not",
     )
 
@@ -43,6 +45,11 @@ class Resumption:
         self.prompt_token_ids: list[int] | None = None
         self.output_token_ids: list[int] = []
         """Those that the client has got."""
+        self.num_unsure = 0
+        """The last so many of them may end inside a character: they came in one event with others, and its text is of
+        all but, perhaps, the end."""
+        self.told_before: list[int] = []
+        """Ids that a client who asked for ids was told, and that are computed once more."""
         self.num_resumed = 0
         """How often the stream went on elsewhere, or was moved."""
         self.has_finished = False
@@ -80,6 +87,14 @@ class Resumption:
     def num_tokens(self) -> int:
         """Known tokens, of the prompt and those that the client has got."""
         return len(self.prompt_token_ids or ()) + len(self.output_token_ids)
+
+    def unsure_ids(self) -> list[int]:
+        return self.output_token_ids[len(self.output_token_ids) - self.num_unsure :]
+
+    def leave_out_last(self) -> None:
+        """The last token is inside a character: the next engine computes it again."""
+        self.told_before.insert(0, self.output_token_ids.pop())
+        self.num_unsure -= 1
 
     def first_call(self) -> EngineCall:
         """The client's request, with token ids asked for."""
