@@ -42,9 +42,9 @@ from rota.testing.garbling import GarblingProxy
 pytestmark = pytest.mark.live
 
 NUM_FAULTS = int(os.environ.get("ROTA_NUM_FAULTS", "10"))
-KILL_EVERY = 15
-"""One fault in so many is a SIGKILL, after which a vLLM takes a minute or more to start; the others are of the other
-two kinds by turns."""
+KINDS = ("SIGSTOP", "garbage", "SIGKILL")
+NUM_FAULTS_OF_ALL_KINDS = 30
+"""From so many faults on the three kinds take turns. Of fewer one is a SIGKILL: a vLLM takes a minute or more to start."""
 NUM_CLIENTS = 3
 MODEL = "smollm2-135m"
 PROMPTS = (
@@ -248,7 +248,11 @@ async def test_streams_survive_faults_under_a_steady_load(tmp_path: Path) -> Non
         try:
             for number in range(NUM_FAULTS):
                 await asyncio.sleep(2.0 + random.Random(number).random())
-                how = "SIGKILL" if number % KILL_EVERY == 4 else ("SIGSTOP", "garbage")[number % 2]
+                how = (
+                    KINDS[number % 3]
+                    if NUM_FAULTS >= NUM_FAULTS_OF_ALL_KINDS
+                    else KINDS[2 if number == 4 else number % 2]
+                )
                 busiest = max(two.router.cluster.num_in_flight().items(), key=lambda each: each[1])[0]
                 index = [engine.id for engine in two.engines].index(busiest)
                 began = time.monotonic()

@@ -3,13 +3,16 @@
 import random
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rota.base.instant import Duration
 from rota.serving.metrics import latencies
 from rota.serving.metrics.definitions import distribution_ms
 from rota.serving.metrics.latencies import RELATIVE_ERROR, Latencies
+from rota.serving.metrics.records_file import RecordsFile
 from rota.serving.sim.run import SimulationConfig, simulate
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
@@ -56,3 +59,8 @@ def test_records_stream_into_a_file(tmp_path: Path) -> None:
     assert [(row["id"], row["finished_ns"], row["num_output_tokens"]) for row in rows] == [
         (record.id, record.finished_at, record.num_output_tokens) for record in kept.records
     ]
+    moved = msgspec.structs.replace(kept.records[0], num_migrations=2, downtime=Duration(7))
+    with RecordsFile(tmp_path / "moved.parquet") as file:
+        file.add(moved)
+    (row,) = pq.read_table(tmp_path / "moved.parquet").to_pylist()
+    assert (row["num_migrations"], row["downtime_ns"]) == (2, 7)

@@ -14,7 +14,7 @@ class RecordsFile:
 
     One row a request: `id, tenant, status, reason, instance` (texts), `priority`, `arrived_ns, first_token_ns,
     finished_ns` (instants; null where there is none), `num_prompt_tokens, num_output_tokens, num_cached_tokens,
-    num_preemptions, meets_slo`. Raises `OSError` where the file cannot be written."""
+    num_preemptions, num_migrations`, `downtime_ns`, `meets_slo`. Raises `OSError` where the file cannot be written."""
 
     def __init__(self, path: Path) -> None:
         # Heavy to import, and most runs write no records.
@@ -24,9 +24,10 @@ class RecordsFile:
         texts = {name: pa.string() for name in ("id", "tenant", "status", "reason", "instance")}
         numbers = {name: pa.int64() for name in ("priority", "arrived_ns", "first_token_ns", "finished_ns")}
         counts = {
-            f"num_{name}": pa.int64() for name in ("prompt_tokens", "output_tokens", "cached_tokens", "preemptions")
+            f"num_{name}": pa.int64()
+            for name in ("prompt_tokens", "output_tokens", "cached_tokens", "preemptions", "migrations")
         }
-        self._schema = pa.schema({**texts, **numbers, **counts, "meets_slo": pa.bool_()})
+        self._schema = pa.schema({**texts, **numbers, **counts, "downtime_ns": pa.int64(), "meets_slo": pa.bool_()})
         self._table = pa.Table
         self._writer = pq.ParquetWriter(path, self._schema)
         self._rows: list[dict[str, Any]] = []
@@ -57,6 +58,8 @@ class RecordsFile:
                 "num_output_tokens": record.num_output_tokens,
                 "num_cached_tokens": record.num_cached_tokens,
                 "num_preemptions": record.num_preemptions,
+                "num_migrations": record.num_migrations,
+                "downtime_ns": record.downtime,
                 "meets_slo": record.meets_slo,
             }
         )
