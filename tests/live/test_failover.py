@@ -44,7 +44,7 @@ pytestmark = pytest.mark.live
 NUM_FAULTS = int(os.environ.get("ROTA_NUM_FAULTS", "10"))
 KINDS = ("SIGSTOP", "garbage", "SIGKILL")
 NUM_FAULTS_OF_ALL_KINDS = 30
-"""From so many faults on the three kinds take turns. Of fewer one is a SIGKILL: a vLLM takes a minute or more to start."""
+"""From so many on the three kinds take turns. Of fewer one is a SIGKILL: a vLLM takes a minute or more to start."""
 NUM_CLIENTS = 3
 MODEL = "smollm2-135m"
 PROMPTS = (

@@ -43,8 +43,9 @@ def unframed(data: bytes) -> bytes:
 
 
 def decoded(events: bytes) -> list[object]:
-    """Blanks between values say nothing."""
-    return [json.loads(each.removeprefix(b"data: ")) for each in events.split(b"\n\n")[:-1]]
+    """Blanks between values say nothing. Names of fields that are no text are not looked at, by either."""
+    texts = [each.removeprefix(b"data: ").decode("utf-8", "replace") for each in events.split(b"\n\n")[:-1]]
+    return [json.loads(text) for text in texts]
 
 
 def state(reader: EventReader, resumption: Resumption) -> tuple[object, ...]:
