@@ -26,7 +26,7 @@ pytestmark = pytest.mark.live
 
 SERVE = ServeConfig(port=0, watch=WatchSettings(interval_seconds=0.5, starting_interval_seconds=0.5))
 SETTINGS = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512}
-NUM_CLIENTS = 3
+NUM_CLIENTS = 4
 START_SECONDS = 400.0
 """A vLLM takes a minute to start here, and several where the machine is busy."""
 
@@ -40,7 +40,7 @@ async def test_a_node_is_killed_under_load(tmp_path: Path) -> None:
         plans = [VllmPlan(f"ray-{i}", str(tmp_path), cores=str(i), options=SETTINGS) for i in range(2)]
         # A machine that is busy is no reason to take an engine for dead: a node that is gone is noticed otherwise.
         engines = [RayEngine(plan, cluster, probe_timeout_seconds=60.0) for plan in plans]
-        bodies = [body_of(index, chat=chat, max_tokens=40) for index in range(3) for chat in (True, False)]
+        bodies = [body_of(index, chat=chat, max_tokens=60) for index in range(3) for chat in (True, False)]
         async with (
             running_router(num_simulated=0, engines=engines, serve=SERVE, ready_seconds=START_SECONDS) as running,
             aiohttp.ClientSession() as session,
