@@ -22,7 +22,7 @@ from rota.serving.instance.machine import InstanceMachine
 from rota.serving.model.commands import RejectSequence, RunStep
 from rota.serving.model.events import SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceLimits
-from rota.serving.model.request import Request, RequestId
+from rota.serving.model.request import Request, RequestId, TenantId
 from rota.serving.policies.batch.prefill_first import PrefillFirst
 from rota.serving.policies.batch.stall_free_chunks import StallFreeChunks
 from rota.serving.policies.batch.vllm_default import VllmDefault
@@ -82,6 +82,7 @@ class InstanceRules(RuleBasedStateMachine):
                 num_prompt,
                 max_tokens,
                 priority=priority,
+                tenant=TenantId(f"tenant-{self.num_requests % 3}"),
                 block_hashes=hashes,
             )
             commands = self.tell(SequenceArrived(request))
@@ -168,6 +169,13 @@ class InstanceRules(RuleBasedStateMachine):
             for sequence in machine.waiting.of_priority(priority)
         ]
         assert sorted(by_class) == sorted(sequence.id for sequence in machine.waiting)
+        for priority in machine.waiting.priorities():
+            of_class = list(machine.waiting.of_priority(priority))
+            tenants = list(machine.waiting.tenants(priority))
+            assert sorted(tenants) == sorted({sequence.tenant for sequence in of_class})
+            for tenant in tenants:
+                theirs = [sequence for sequence in of_class if sequence.tenant == tenant]
+                assert list(machine.waiting.of_tenant(priority, tenant)) == theirs
 
     def teardown(self):
         """Whatever happened before: if everybody's next token is the last, everything ends soon."""

@@ -11,7 +11,7 @@ from rota.serving.instance.machine import InstanceMachine
 from rota.serving.model.commands import RunStep
 from rota.serving.model.events import SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import InstanceLimits
-from rota.serving.model.request import Request, RequestId
+from rota.serving.model.request import Request, RequestId, TenantId
 
 
 class VllmHost:
@@ -23,7 +23,7 @@ class VllmHost:
         self.num_waiting_max = 0
 
     def arrive(self, request: WorkRequest, now: int) -> None:
-        self.engine.add_request(request.id, request.prompt, request.max_tokens, request.priority, now)
+        self.engine.add_request(request.id, request.prompt, request.max_tokens, request.priority, now, request.tenant)
 
     def schedule(self, now: int) -> Decision | None:
         preempted: tuple[str, ...] = ()
@@ -69,6 +69,7 @@ class MachineHost:
             num_prompt_tokens=len(request.prompt),
             max_tokens=request.max_tokens,
             priority=request.priority,
+            tenant=TenantId(request.tenant),
             block_hashes=chained_hashes(request.prompt, self._block_size),
         )
         self._take(self.machine.handle(SequenceArrived(fact), self._now))

@@ -14,6 +14,7 @@ from rota.serving.policies.batch.stall_free_chunks import StallFreeChunks
 from rota.serving.policies.batch.vllm_default import VllmDefault
 from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
+from rota.serving.policies.order.fair_tokens import FairTokens
 from rota.serving.policies.order.fcfs import Fcfs
 from rota.serving.policies.order.strict_priority import StrictPriority
 from rota.serving.stack import EnginePolicies
@@ -67,6 +68,7 @@ def test_fcfs_decides_as_stock_vllm_does(chunk: int) -> None:
 
 
 STACKS: dict[str, Callable[[], EnginePolicies]] = {
+    "fair_tokens": lambda: EnginePolicies(FairTokens(weights={"tenant-1": 2.0}), VllmDefault(), RecomputeLowest()),
     "strict_priority": lambda: EnginePolicies(StrictPriority(), VllmDefault(), RecomputeLowest()),
     "strict_priority, ageing": lambda: EnginePolicies(
         StrictPriority(ageing_seconds=0.3), VllmDefault(), RecomputeLowest()

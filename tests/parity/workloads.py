@@ -27,6 +27,7 @@ class WorkRequest:
     max_tokens: int
     num_output_tokens: int
     priority: int = 0
+    tenant: str = "default"
     aborted_in_step: int | None = None
 
 
@@ -100,6 +101,7 @@ def random_workload(seed: int) -> Workload:
                     max_tokens=max_tokens,
                     num_output_tokens=max_tokens if rng.random() < 0.3 else rng.randint(1, max_tokens),
                     priority=rng.choice((0, 1, 1, 1, 2, 2)),
+                    tenant=f"tenant-{len(requests) // 3 % 3}",
                     aborted_in_step=step + rng.randint(0, 60) if rng.random() < 0.1 else None,
                 )
             )

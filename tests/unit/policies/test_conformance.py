@@ -17,11 +17,13 @@ from rota.serving.policies.memory import MEMORY
 from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.policies.order import ORDER
+from rota.serving.policies.order.fair_tokens import FairTokens
 from rota.serving.policies.order.fcfs import Fcfs, InOrder
 from rota.serving.policies.order.strict_priority import StrictPriority
 from rota.testing import check_batch_policy, check_memory_policy, check_order_policy
 
 SOUND_ORDERS = {
+    "fair_tokens": FairTokens,
     "fcfs": Fcfs,
     "strict_priority": StrictPriority,
     "strict_priority, ageing fast": lambda: StrictPriority(ageing_seconds=0.003),

@@ -72,6 +72,14 @@ class WaitingView(Protocol):
         """The waiting sequences of one class, in queue order."""
         ...
 
+    def tenants(self, priority: int) -> Iterator[TenantId]:
+        """The tenants that have anyone of that class waiting, each once; the order is that in which they came."""
+        ...
+
+    def of_tenant(self, priority: int, tenant: TenantId) -> Iterator[SequenceView]:
+        """The waiting sequences of one tenant and class, in queue order."""
+        ...
+
 
 class EngineView(Protocol):
     """One engine at the start of a step, as a policy inside it sees it."""

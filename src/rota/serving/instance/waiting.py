@@ -1,18 +1,22 @@
-"""The waiting queue, as a whole and by class."""
+"""The waiting queue, as a whole, by class, and by tenant within a class."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
 
 from rota.serving.instance.sequence import Sequence
-from rota.serving.model.request import RequestId
+from rota.serving.model.request import RequestId, TenantId
+
+_Queue = OrderedDict[RequestId, Sequence]
 
 
 class WaitingQueue:
     """Sequences in queue order: new ones at the end, preempted ones at the front. All operations are O(1) but walks."""
 
     def __init__(self) -> None:
-        self._all: OrderedDict[RequestId, Sequence] = OrderedDict()
-        self._by_priority: dict[int, OrderedDict[RequestId, Sequence]] = {}
+        self._all: _Queue = OrderedDict()
+        self._by_priority: dict[int, _Queue] = {}
+        self._by_tenant: dict[int, dict[TenantId, _Queue]] | None = None
+        """Kept from the moment at which somebody asks for tenants: most policies never do."""
         self._front = 0
         self._back = 0
 
@@ -28,12 +32,20 @@ class WaitingQueue:
     def of_priority(self, priority: int) -> Iterator[Sequence]:
         return iter(self._by_priority[priority].values())
 
+    def tenants(self, priority: int) -> Iterator[TenantId]:
+        return iter(self._tenants().get(priority, ()))
+
+    def of_tenant(self, priority: int, tenant: TenantId) -> Iterator[Sequence]:
+        return iter(self._tenants()[priority][tenant].values())
+
     def append(self, sequence: Sequence) -> None:
         """Put a new sequence at the end."""
         self._back += 1
         sequence.queue_position = self._back
         self._all[sequence.id] = sequence
         self._by_priority.setdefault(sequence.priority, OrderedDict())[sequence.id] = sequence
+        if self._by_tenant is not None:
+            self._queue_of(self._by_tenant, sequence)[sequence.id] = sequence
 
     def prepend(self, sequence: Sequence) -> None:
         """Put a preempted sequence at the front."""
@@ -44,6 +56,10 @@ class WaitingQueue:
         queue = self._by_priority.setdefault(sequence.priority, OrderedDict())
         queue[sequence.id] = sequence
         queue.move_to_end(sequence.id, last=False)
+        if self._by_tenant is not None:
+            queue = self._queue_of(self._by_tenant, sequence)
+            queue[sequence.id] = sequence
+            queue.move_to_end(sequence.id, last=False)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands."""
@@ -52,3 +68,22 @@ class WaitingQueue:
         del queue[sequence.id]
         if not queue:
             del self._by_priority[sequence.priority]
+        if self._by_tenant is not None:
+            tenants = self._by_tenant[sequence.priority]
+            queue = tenants[sequence.tenant]
+            del queue[sequence.id]
+            if not queue:
+                del tenants[sequence.tenant]
+            if not tenants:
+                del self._by_tenant[sequence.priority]
+
+    def _tenants(self) -> dict[int, dict[TenantId, _Queue]]:
+        if self._by_tenant is None:
+            self._by_tenant = {}
+            for sequence in self._all.values():
+                self._queue_of(self._by_tenant, sequence)[sequence.id] = sequence
+        return self._by_tenant
+
+    @staticmethod
+    def _queue_of(tenants: dict[int, dict[TenantId, _Queue]], sequence: Sequence) -> _Queue:
+        return tenants.setdefault(sequence.priority, {}).setdefault(sequence.tenant, OrderedDict())

@@ -129,7 +129,12 @@ class VllmMachine:
         self._num_prompt_tokens += request.num_prompt_tokens
         max_tokens = min(request.max_tokens, longest - request.num_prompt_tokens)
         self._vllm.add_request(
-            request.id, list(self._prompt(request)), max_tokens, request.priority, request.arrived_at
+            request.id,
+            list(self._prompt(request)),
+            max_tokens,
+            request.priority,
+            request.arrived_at,
+            request.tenant,
         )
         return self._plan(now) if self._in_flight is None else ()
 

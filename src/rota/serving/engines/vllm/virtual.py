@@ -17,6 +17,7 @@ from typing import Any
 from rota.base.errors import EngineError
 from rota.base.instant import NANOSECONDS_PER_SECOND
 from rota.serving.model.instance import InstanceLimits
+from rota.serving.model.request import DEFAULT_TENANT
 
 FIRST_OUTPUT_TOKEN = 1 << 24
 """Fabricated token ids begin here: no two requests ever share one, so that blocks with generated tokens are shared by
@@ -68,11 +69,17 @@ class VirtualVllm:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], max_tokens: int, priority: int = 0, arrival: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        max_tokens: int,
+        priority: int = 0,
+        arrival: int = 0,
+        tenant: str = DEFAULT_TENANT,
     ) -> tuple[str, ...]:
         """A request arrives at `arrival` (ns; the clock moves there if it is behind). Returns the chained hashes of the
         prompt's full blocks, as vLLM computes them, in hex."""
-        request = self._request(request_id, prompt_token_ids, max_tokens, priority, arrival)
+        request = self._request(request_id, prompt_token_ids, max_tokens, priority, arrival, tenant)
         self.now = max(self.now, arrival)
         self._indices[request_id] = self.num_requests
         self.num_requests += 1
@@ -176,7 +183,13 @@ class VirtualVllm:
         return tuple(request.request_id for request in alive if request.is_finished())
 
     def _request(
-        self, request_id: str, prompt_token_ids: Sequence[int], max_tokens: int, priority: int, arrival: int
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        max_tokens: int,
+        priority: int,
+        arrival: int,
+        tenant: str,
     ) -> Any:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
@@ -186,7 +199,9 @@ class VirtualVllm:
         return Request(
             request_id=request_id,
             prompt_token_ids=list(prompt_token_ids),
-            sampling_params=SamplingParams(max_tokens=max_tokens, stop_token_ids=[_END_TOKEN], ignore_eos=True),
+            sampling_params=SamplingParams(
+                max_tokens=max_tokens, stop_token_ids=[_END_TOKEN], ignore_eos=True, extra_args={"tenant": tenant}
+            ),
             pooling_params=None,
             arrival_time=arrival / NANOSECONDS_PER_SECOND,
             priority=priority,

@@ -1,0 +1,156 @@
+"""How fairly an order policy serves tenants: the service that two of them get while both wait, measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rota.base.errors import LawBroken
+from rota.base.instant import Duration, Instant
+from rota.base.random_streams import RandomStreams
+from rota.serving.api import BatchShape, OrderPolicy, RequestId, TenantId
+from rota.serving.model.instance import InstanceLimits
+from rota.serving.model.request import Request
+from rota.serving.policies.batch.vllm_default import VllmDefault
+from rota.serving.policies.memory.recompute_last import RecomputeLast
+from rota.serving.stack import EnginePolicies
+from rota.testing.worlds import Job, Workload, play
+
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The widest that the services of two tenants drifted apart while both had requests waiting."""
+
+    service: float
+    """In charged tokens, by weight."""
+    num_steps: int
+    """Of the interval in which that was."""
+    tenants: tuple[TenantId, TenantId] | None
+
+
+def service_bound(workload: Workload) -> float:
+    """What virtual token counters promise of two tenants with requests waiting all through an interval: twice the
+    larger of what one admission charges and of what all that run may yet be charged (VTC, Sheng et al., OSDI 2024,
+    theorem 4.4; the first output token is charged with the prompt here)."""
+    longest = max(job.request.num_prompt_tokens for job in workload.jobs)
+    num_slots = workload.limits.num_blocks * workload.limits.block_size
+    return 2 * max(PROMPT_WEIGHT * longest + OUTPUT_WEIGHT, OUTPUT_WEIGHT * num_slots)
+
+
+def check_fair_service(factory: Callable[[], OrderPolicy], *, num_workloads: int = 60) -> float:
+    """Prove on random overloads that no two tenants of one class drift further apart than `service_bound`; raises
+    `LawBroken` with the first workload in which they do. Returns the largest share of the bound that was seen.
+
+    What is served is counted here, from the grants of each step, and not asked of the policy.
+    """
+    largest = 0.0
+    for seed in range(num_workloads):
+        workload = overload(seed)
+        gap, bound = widest_gap(workload, factory()), service_bound(workload)
+        if gap.service > bound:
+            raise LawBroken(
+                f"law 14: overload {seed}: {gap.tenants} drifted {gap.service:g} tokens apart in {gap.num_steps} "
+                f"steps in which both waited, and at most {bound:g} were promised"
+            )
+        largest = max(largest, gap.service / bound)
+    return largest
+
+
+def widest_gap(workload: Workload, order: OrderPolicy, weights: Mapping[str, float] | None = None) -> Gap:
+    """Play a workload, and measure over each longest interval in which two tenants of a class both had requests left in
+    the queue after every step, by how much the difference of their services varied."""
+    account = _Account(weights or {})
+    play(workload, EnginePolicies(order, _Counting(account), RecomputeLast()), steady=False)
+    return account.widest()
+
+
+def overload(seed: int, *, num_tenants: int = 4, num_jobs: int = 120) -> Workload:
+    """Tenants who send more than an engine can do, each in its own way: floods, bursts with pauses, a trickle; long
+    prompts or long answers. Clients leave, and little room forces preemption."""
+    stream = RandomStreams(seed).stream("testing.overload")
+    limits = InstanceLimits(num_blocks=stream.integers(13, 28), block_size=4, max_num_seqs=6, max_num_batched_tokens=24)
+    kinds = [
+        (stream.integers(1, 25), stream.integers(1, 25), stream.integers(1, 20), 10 ** stream.integers(4, 8))
+        for _ in range(num_tenants)
+    ]
+    at = [0] * num_tenants
+    jobs = []
+    for number in range(num_jobs):
+        tenant = stream.integers(0, num_tenants)
+        longest_prompt, longest_output, burst, pause = kinds[tenant]
+        if number % burst == 0:
+            at[tenant] += round(stream.exponential(pause))
+        request = Request(
+            RequestId(f"r{number:03}"),
+            Instant(at[tenant]),
+            stream.integers(1, longest_prompt + 1),
+            max_tokens=longest_output + 3,
+            tenant=TenantId(f"tenant-{tenant}"),
+        )
+        leaves_after = Duration(stream.integers(0, 60_000_000)) if stream.random() < 0.05 else None
+        jobs.append(Job(request, stream.integers(1, longest_output + 1), leaves_after))
+    return Workload(limits, tuple(sorted(jobs, key=lambda job: (job.request.arrived_at, job.request.id))))
+
+
+class _Counting:
+    """A batch policy that tells an account of every pass."""
+
+    def __init__(self, account: "_Account") -> None:
+        self._inner = VllmDefault()
+        self.requires = self._inner.requires
+        self.shape: BatchShape | None = self._inner.shape
+        self._account = account
+
+    def plan(self, draft: Any, order: OrderPolicy) -> None:
+        self._inner.plan(draft, order)
+        admitted = {sequence.id for sequence in draft.grants}
+        left = [each for each in draft.view.waiting if each.id not in admitted]
+        self._account.step(draft.grants, left)
+
+
+class _Account:
+    """What each tenant was served, and since when each pair has been waiting."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self._weights = weights
+        self._served: dict[TenantId, float] = {}
+        self._num_outputs: dict[RequestId, int] = {}
+        self._intervals: dict[tuple[TenantId, TenantId], tuple[float, float, int]] = {}
+        """Of each pair that waits: the least and the largest difference so far, and the steps."""
+        self._widest = Gap(0.0, 0, None)
+
+    def step(self, grants: Sequence[Any], left: Sequence[Any]) -> None:
+        waiting = sorted({each.tenant for each in left})
+        pairs = [(one, other) for index, one in enumerate(waiting) for other in waiting[index + 1 :]]
+        for sequence in grants:
+            self._serve(sequence)
+        going_on = {}
+        for pair in pairs:
+            difference = self._difference(pair)
+            # Of the step in which both are left waiting for the first time only what comes after it counts.
+            least, most, num_steps = self._intervals.get(pair, (difference, difference, 0))
+            least, most = min(least, difference), max(most, difference)
+            going_on[pair] = (least, most, num_steps + 1)
+            if most - least > self._widest.service:
+                self._widest = Gap(most - least, num_steps + 1, pair)
+        self._intervals = going_on
+
+    def widest(self) -> Gap:
+        return self._widest
+
+    def _difference(self, pair: tuple[TenantId, TenantId]) -> float:
+        return self._served.get(pair[0], 0.0) - self._served.get(pair[1], 0.0)
+
+    def _serve(self, sequence: Any) -> None:
+        service = 0.0
+        if sequence.id not in self._num_outputs:
+            self._num_outputs[sequence.id] = 0
+            service += PROMPT_WEIGHT * sequence.num_prompt_tokens
+        num_outputs = sequence.num_tokens - sequence.num_prompt_tokens
+        if sequence.num_computed_tokens + sequence.granted == sequence.num_tokens:
+            num_outputs += 1
+        service += OUTPUT_WEIGHT * max(0, num_outputs - self._num_outputs[sequence.id])
+        self._num_outputs[sequence.id] = max(num_outputs, self._num_outputs[sequence.id])
+        weight = self._weights.get(sequence.tenant, 1.0)
+        self._served[sequence.tenant] = self._served.get(sequence.tenant, 0.0) + service / weight
