@@ -4,20 +4,30 @@ nobody has two owners, and where a move fails the request goes on where it is.""
 from collections import Counter
 
 import pytest
+from msgspec import structs
 from tests.worlds.journeys import LIMITS, ROOMY, WAYS, play_arrivals, random_faults
 
 from rota.base.errors import ConfigError, RotaError
 from rota.base.instant import Duration, Instant, milliseconds
 from rota.base.random_streams import RandomStreams
 from rota.runtime.faults import FaultPlan
-from rota.serving.api import NOTHING, Pick
+from rota.serving.api import NOTHING, Admission, Flip, Pick
 from rota.serving.assemble import SystemConfig, build
 from rota.serving.cluster.ledger import InstanceLedger
+from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.migration import MigrationLimits
-from rota.serving.model.commands import Dispatch, RunStep, Stay
-from rota.serving.model.events import RequestArrived
-from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec, Role
+from rota.serving.model.commands import Dispatch, DrainInstance, RunStep, SetRole, Stay
+from rota.serving.model.events import (
+    InstanceDraining,
+    InstanceLost,
+    InstanceReported,
+    InstanceStarted,
+    RequestArrived,
+    RequestFinished,
+)
+from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceReport, InstanceSpec, Role
 from rota.serving.model.request import Request, RequestId
+from rota.serving.policies.migration.drain import Drain
 from rota.serving.sim.cluster import SimulatedCluster
 from rota.serving.sim.migration import Moves, Transfer
 from rota.serving.stack import Parameters, StackConfig
@@ -47,6 +57,16 @@ class SplitsAtRandom:
         return Pick(self._stream.choice(list(cluster.instances)).id, "at random")
 
 
+class FlipsAtRandom(SplitsAtRandom):
+    """And now and then wants somebody to have another role."""
+
+    def flip(self, cluster):
+        if not cluster.instances or self._stream.random() < 0.7:
+            return None
+        view = self._stream.choice(list(cluster.instances))
+        return Flip(view.id, self._stream.choice([role for role in Role if role is not view.role]), "at random")
+
+
 def world(
     seed, dispatch, roles, *, way="hand_off", limits=LIMITS, migration="none", faults=None, num_requests=60, **options
 ):
@@ -73,6 +93,7 @@ SMALL = {
     "power_of_two_by_class": {"guess_tokens": 8, "bucket_tokens": 8},
     "prefill_or_together": {"guess_tokens": 1},
 }
+FLIPPING = "tests.worlds.test_roles:FlipsAtRandom"
 AT_RANDOM = "tests.worlds.test_roles:SplitsAtRandom"
 
 
@@ -104,6 +125,101 @@ def test_each_policy_splits_and_loses_nothing(dispatch, roles):
         num_split += sum(isinstance(each, Dispatch) and each.prefill_only for row in journey.rows for each in row[4])
         num_done_elsewhere += sum(journey.num_committed.values())
     assert num_split > 20 and num_done_elsewhere > 10
+
+
+def test_nothing_is_lost_while_instances_change_their_roles():
+    commands, statuses, num_flipped = Counter(), Counter(), 0
+    for seed in range(8):
+        migration = "none" if seed % 2 else "tests.worlds.journeys:MovesAtRandom"
+        limits = (LIMITS, ROOMY)[seed % 4 // 2]
+        cluster, journey = world(seed, FLIPPING, ROLES["apart"], limits=limits, migration=migration)
+        commands += journey.commands
+        statuses.update(record.status for record in cluster.records)
+        roles = {}
+        for row in journey.rows:
+            if row[0] == "cluster" and isinstance(row[3], InstanceStarted):
+                spec = row[3].spec
+                num_flipped += roles.get(spec.id, spec.role) is not spec.role
+                roles[spec.id] = spec.role
+    assert num_flipped > 25 and commands["SetRole"] >= num_flipped
+    assert statuses["finished"] > 20 * statuses["failed"]
+
+
+def test_an_idle_prefill_instance_becomes_a_decode_instance():
+    """Long answers to short prompts: two prefill instances have nothing to do, and one of them is enough."""
+    limits = InstanceLimits(num_blocks=800, block_size=4, max_num_batched_tokens=512)
+    roles = (Role.PREFILL, Role.PREFILL, Role.DECODE)
+    specs = tuple(InstanceSpec(InstanceId(f"i{number}"), limits, role) for number, role in enumerate(roles))
+    parameters = Parameters(dispatch={"flip_after_seconds": 0.05, "reserve": "greedy"})
+    config = SystemConfig(StackConfig(dispatch="power_of_two_by_class", parameters=parameters), specs)
+    arrivals = [(Request(RequestId(f"r{number}"), Instant(number * 10**6), 40, 200), 200) for number in range(12)]
+    cluster, journey = play_arrivals(arrivals, config, FaultPlan(), timeouts=MigrationLimits())
+    heard = [row[3].spec for row in journey.rows if row[0] == "cluster" and isinstance(row[3], InstanceStarted)]
+    flipped = [spec for spec in heard if spec.role is not roles[int(spec.id[1])]]
+    assert [spec.role for spec in flipped] == [Role.DECODE], "one of them, since the other is the last"
+    assert all(record.status == "finished" for record in cluster.records)
+
+
+def test_an_instance_has_its_new_role_when_it_has_nothing_left():
+    """Drained first: whoever runs there ends there, or moves, and only then is the role ordered."""
+    for migration in ("none", "drain"):
+        policies = ClusterMachine(FlipsTheFirst(), AdmitsAll(), migration=Drain() if migration == "drain" else None)
+        specs = [InstanceSpec(InstanceId(f"i{number}"), InstanceLimits(num_blocks=64)) for number in range(2)]
+        for spec in specs:
+            policies.handle(InstanceStarted(spec), Instant(0))
+        policies.handle(RequestArrived(Request(RequestId("r"), Instant(0), 8, 8)), Instant(0))
+        assert policies.owner(RequestId("r")) == "i0"
+        (drained,) = policies.handle(reported("i1", 1), Instant(1))
+        assert isinstance(drained, DrainInstance) and drained.instance_id == "i0"
+        assert policies.handle(reported("i1", 2), Instant(2)) == []
+        assert policies.instance_states()["i0"] == "draining"
+        policies.handle(RequestFinished(RequestId("r"), InstanceId("i0"), 8), Instant(3))
+        assert policies.instance_states()["i0"] == "draining", "it is not forgotten"
+        assert policies.handle(reported("i1", 4), Instant(4)) == [SetRole(InstanceId("i0"), Role.DECODE, "a test")]
+        assert policies.handle(reported("i1", 5), Instant(5)) == [], "ordered once"
+        policies.handle(InstanceStarted(structs.replace(specs[0], role=Role.DECODE)), Instant(6))
+        assert [view.role for view in policies.instance_views()] == [Role.DECODE, Role.MIXED]
+        policies.check()
+
+
+@pytest.mark.parametrize("event", [InstanceLost(InstanceId("i0")), InstanceDraining(InstanceId("i0"))])
+def test_one_that_is_lost_or_drained_meanwhile_is_not_flipped(event):
+    machine = ClusterMachine(FlipsTheFirst(), AdmitsAll())
+    for number in range(2):
+        machine.handle(
+            InstanceStarted(InstanceSpec(InstanceId(f"i{number}"), InstanceLimits(num_blocks=64))), Instant(0)
+        )
+    machine.handle(RequestArrived(Request(RequestId("r"), Instant(0), 8, 8)), Instant(0))
+    machine.handle(reported("i1", 1), Instant(1))
+    machine.handle(event, Instant(2))
+    machine.handle(RequestFinished(RequestId("r"), InstanceId("i0"), 8), Instant(3))
+    assert "i0" not in machine.instance_states(), "forgotten, as any"
+    for at in (4, 5):
+        assert machine.handle(reported("i1", at), Instant(at)) == []
+    machine.check()
+
+
+class FlipsTheFirst:
+    requires = NOTHING
+    reads_roles = True
+
+    def pick(self, request, cluster):
+        return Pick(cluster.instances[0].id, "the first")
+
+    def flip(self, cluster):
+        first = cluster.instances[0]
+        return None if first.role is Role.DECODE or first.id != "i0" else Flip(first.id, Role.DECODE, "a test")
+
+
+class AdmitsAll:
+    requires = NOTHING
+
+    def admit(self, request, cluster, num_unfinished):
+        return Admission(True, "all")
+
+
+def reported(instance_id, at):
+    return InstanceReported(InstanceReport(InstanceId(instance_id), Instant(at), 0, 0, 64, 64))
 
 
 def test_a_prefill_instance_computes_prompts_and_one_token_of_each():

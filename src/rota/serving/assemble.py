@@ -104,6 +104,17 @@ def refuse_roles(stack: StackConfig, instances: Sequence[InstanceSpec]) -> None:
     )
 
 
+def refuse_moves(stack: StackConfig, instances: Sequence[InstanceSpec], engine: str) -> None:
+    """Raise `ConfigError` where requests would have to leave an engine that cannot let them go."""
+    has_roles = any(spec.role is not Role.MIXED for spec in instances)
+    if has_roles or stack.migration != "none":
+        policy = f"dispatch policy {stack.dispatch!r}" if has_roles else f"migration policy {stack.migration!r}"
+        raise ConfigError(
+            f"{engine} cannot let requests go, as {policy} would",
+            hint="simulate roles and migrations with the model engine",
+        )
+
+
 def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
     """The router's machine with the stack's policies."""
     policies = cluster_policies(stack, RandomStreams(seed))

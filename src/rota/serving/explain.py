@@ -24,6 +24,7 @@ from rota.serving.model.commands import (
     MoveRefused,
     Reject,
     RunStep,
+    SetRole,
     StartInstance,
     Stay,
     StopInstance,
@@ -260,7 +261,7 @@ class _Teller:
         self._arrived_at = request.arrived_at
 
     def _router_decided(self, command: ClusterCommand) -> None:
-        if isinstance(command, StartInstance | DrainInstance | KeepInstance | StopInstance):
+        if isinstance(command, StartInstance | DrainInstance | KeepInstance | StopInstance | SetRole):
             return
         if isinstance(command, Reject | Fail):
             self._unfinished.pop(command.request_id, None)

@@ -21,6 +21,7 @@ from rota.serving.model.commands import (
     RejectSequence,
     RunStep,
     SequenceStopped,
+    SetRole,
     StartInstance,
     StopInstance,
 )
@@ -231,7 +232,7 @@ class _Drawing:
             self._moves[command.migration_id] = _Move(command, self._at, _free_track(MOVES_OUT, taken))
         elif isinstance(command, AbortMigration):
             self._close_move(command.migration_id, f"given up: {command.reason}")
-        elif isinstance(command, StartInstance | DrainInstance | KeepInstance | StopInstance):
+        elif isinstance(command, StartInstance | DrainInstance | KeepInstance | StopInstance | SetRole):
             verb = type(command).__name__.removesuffix("Instance").lower()
             self._mark(ROUTER, f"{verb} {command.instance_id}, ordered", {"reason": command.reason})
 

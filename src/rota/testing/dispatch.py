@@ -19,6 +19,7 @@ from rota.serving.api import (
     Request,
     RequestId,
     Role,
+    RoleFlipper,
     SequenceReport,
 )
 
@@ -135,6 +136,7 @@ def check_dispatch_policy(
     * one that sends a request somewhere for its prefill only says where it decodes, or can be asked (`pick_decode`);
     * scores are in [0, 1] and belong to instances shown, at most one each;
     * two fresh policies that are asked the same give the same answers;
+    * one that flips roles names an instance shown, another role than it has, and a reason;
     * nothing that is shown is written to (law 13);
     * a fresh policy prefers the first by id among instances that are alike, unless `ties_by_id` is False, as it is for
       a policy that draws chance or hashes.
@@ -155,6 +157,10 @@ def check_dispatch_policy(
                 _check_pick(places[0], cluster)
                 if places[0] != places[1]:
                     raise LawBroken(f"law 8: asked the same, fresh policies answered {places[0]} and {places[1]}")
+            if isinstance(first, RoleFlipper) and (flip := first.flip(cluster)) is not None:
+                roles = {view.id: view.role for view in cluster.instances}
+                if flip.instance_id not in roles or roles[flip.instance_id] is flip.role or not flip.reason:
+                    raise LawBroken(f"{flip} is not another role of an instance shown, with a reason")
             for policy in (first, second):
                 if isinstance(policy, EndObserver):
                     policy.request_ended(request, None if request.priority < 0 else request.num_prompt_tokens % 700)

@@ -2,7 +2,7 @@
 
 from rota.serving.api.admitting import admit_waiting
 from rota.serving.api.cursors import InOrder
-from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
+from rota.serving.api.decisions import Admission, Flip, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
 from rota.serving.api.policies import (
     AdmissionPolicy,
     BatchDraft,
@@ -16,6 +16,7 @@ from rota.serving.api.policies import (
     MemoryPolicy,
     MigrationPolicy,
     OrderPolicy,
+    RoleFlipper,
     ScalingPolicy,
     StepTimePredictor,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "EngineView",
     "FleetRules",
     "FleetView",
+    "Flip",
     "Heard",
     "InOrder",
     "InstanceId",
@@ -74,6 +76,7 @@ __all__ = [
     "Request",
     "RequestId",
     "Role",
+    "RoleFlipper",
     "ScalingPolicy",
     "SequenceReport",
     "SequenceView",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from rota.serving.model.instance import InstanceId
+from rota.serving.model.instance import InstanceId, Role
 from rota.serving.model.request import RequestId
 
 
@@ -57,6 +57,15 @@ class Admission:
     reason: str
     status: int = 503
     retry_after_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """An instance that should have another role, once it has nothing left, and why."""
+
+    instance_id: InstanceId
+    role: Role
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

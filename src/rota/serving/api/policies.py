@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from rota.base.instant import Instant
-from rota.serving.api.decisions import Admission, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
+from rota.serving.api.decisions import Admission, Flip, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
 from rota.serving.api.views import ClusterView, EngineView, FleetView, SequenceView
 from rota.serving.model.capabilities import EngineCapabilities
 from rota.serving.model.instance import InstanceId
@@ -163,6 +163,16 @@ class DecodePlacer(Protocol):
 
     def pick_decode(self, request: Request, at: InstanceId, cluster: ClusterView) -> Pick:
         """Choose among `cluster.instances`, the ready ones, of which `at` is usually one; `at` itself lets it stay."""
+        ...
+
+
+@runtime_checkable
+class RoleFlipper(Protocol):
+    """A dispatch policy that may want an instance to have another role."""
+
+    def flip(self, cluster: ClusterView) -> Flip | None:
+        """The one of the ready instances that should be drained and given another role now, if any. Asked whenever a
+        report came, unless one is on its way to another role already."""
         ...
 
 

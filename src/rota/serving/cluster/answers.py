@@ -10,10 +10,12 @@ from rota.serving.api import (
     DispatchPolicy,
     EndObserver,
     FleetView,
+    Flip,
     InstanceView,
     MigrationPolicy,
     Move,
     Pick,
+    RoleFlipper,
     ScalingPolicy,
     Start,
     Stop,
@@ -68,6 +70,23 @@ def ask_decode(
     if pick.instance_id != at:
         _check_pick(policy, pick, ready, about)
     return pick
+
+
+def ask_flip(policy: RoleFlipper, ready: Sequence[InstanceView], now: Instant) -> Flip | None:
+    """Which of the ready instances should have another role, if any."""
+    about = "roles"
+    try:
+        flip = policy.flip(ClusterReading(now, ready))
+    except RotaError:
+        raise
+    except Exception as error:
+        raise _broken(policy, f"raised {error!r}", about) from error
+    if flip is not None and not any(view.id == flip.instance_id for view in ready):
+        offered = ", ".join(view.id for view in ready)
+        raise _broken(policy, f"would flip {flip.instance_id!r}, which is not among {offered}", about)
+    if flip is not None and not flip.reason:
+        raise _broken(policy, f"would flip {flip.instance_id!r} without a reason", about)
+    return flip
 
 
 def tell_end(policy: EndObserver, request: Request, num_output_tokens: int | None) -> None:

@@ -6,8 +6,8 @@ be begun, or it is given up, the request goes on where it is."""
 
 from rota.base.errors import PolicyError
 from rota.base.instant import Instant
-from rota.serving.api import DecodePlacer, DispatchPolicy, Move, Pick
-from rota.serving.cluster.answers import ask_decode
+from rota.serving.api import DecodePlacer, DispatchPolicy, EndObserver, Move, Pick, Request
+from rota.serving.cluster.answers import ask_decode, tell_end
 from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.lifecycles import InstanceState
 from rota.serving.cluster.migration import Dropped, MigrationBook
@@ -21,6 +21,7 @@ class DecodePlaces:
 
     def __init__(self, policy: DispatchPolicy, instances: InstanceBook, migrations: MigrationBook) -> None:
         self._policy = policy if isinstance(policy, DecodePlacer) else None
+        self._observer = policy if isinstance(policy, EndObserver) else None
         self._name = type(policy).__name__
         self._instances = instances
         self._migrations = migrations
@@ -42,6 +43,11 @@ class DecodePlaces:
         tracked.prefill_only = True
         if pick.decode_at not in (None, pick.instance_id):
             self._instances.book(tracked, pick.decode_at)
+
+    def ended(self, request: Request, num_output_tokens: int | None) -> None:
+        """A request ended, in whatever way: tell the policy, if it wants to hear."""
+        if self._observer is not None:
+            tell_end(self._observer, request, num_output_tokens)
 
     def first_token(self, tracked: TrackedRequest, now: Instant) -> tuple[Migrate | Stay, ...]:
         """The next token of a request has come where it was dispatched: send it on, if it is to decode elsewhere."""

@@ -100,10 +100,11 @@ class InstanceBook:
             self.forget_if_over(ledger)
 
     def forget_if_over(self, ledger: InstanceLedger) -> None:
-        """Forget an instance that gets no requests any more, has none left, expects none, and has none on its way."""
+        """Forget an instance that gets no requests any more, has none left, expects none, and has none on its way,
+        unless it drains to have another role."""
         if ledger.num_outstanding_requests or ledger.num_migrations or ledger.num_expected_requests:
             return
-        if ledger.state == InstanceState.READY:
+        if ledger.state == InstanceState.READY or (ledger.is_flipping and ledger.state == InstanceState.DRAINING):
             return
         if self.ledgers.get(ledger.id) is not ledger:
             return

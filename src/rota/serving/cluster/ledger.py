@@ -20,6 +20,7 @@ class InstanceLedger:
         "_num_tokens_of",
         "_resuming",
         "id",
+        "is_flipping",
         "max_prompt_tokens",
         "num_booked_tokens",
         "num_coming",
@@ -47,6 +48,8 @@ class InstanceLedger:
         """Migrations under way to here."""
         self.num_booked_tokens = 0
         """Prompt tokens of those that are outstanding or expected."""
+        self.is_flipping = False
+        """Whether it drains to have another role."""
         self.num_expected_requests = 0
         """To decode here when their first token has come elsewhere."""
         self._num_tokens_of: dict[RequestId, int] = {}
@@ -82,7 +85,8 @@ class InstanceLedger:
         return iter(self._num_tokens_of)
 
     def move(self, event: str) -> None:
-        """Take one step of the lifecycle."""
+        """Take one step of the lifecycle; whatever it is, it ends a flip that was under way."""
+        self.is_flipping = False
         self.state = INSTANCE_LIFECYCLE.move(self.state, event)
 
     def start(self, spec: InstanceSpec, now: Instant) -> None:

@@ -16,15 +16,15 @@ from rota.base.instant import Duration, Instant, after, seconds, to_seconds
 from rota.serving.api import (
     AdmissionPolicy,
     DispatchPolicy,
-    EndObserver,
     FleetRules,
     InstanceView,
     MigrationPolicy,
     Pick,
     ScalingPolicy,
 )
-from rota.serving.cluster.answers import ask_admission, ask_dispatch, tell_end
+from rota.serving.cluster.answers import ask_admission, ask_dispatch
 from rota.serving.cluster.decode_places import DecodePlaces
+from rota.serving.cluster.flips import RoleFlips
 from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, InstanceState, RequestState
 from rota.serving.cluster.migration import Cause, MigrationBook, MigrationCounts, MigrationLimits
@@ -147,7 +147,7 @@ class ClusterMachine:
         self._instances = InstanceBook(prefix_index)
         self._migrations = MigrationBook(self._instances, migration_limits)
         self._decode_places = DecodePlaces(dispatch, self._instances, self._migrations)
-        self._observer = dispatch if isinstance(dispatch, EndObserver) else None
+        self._flips = RoleFlips(dispatch, self._instances, self._migrations)
         self._rounds = MigrationRounds(migration, self._instances, self._migrations, patience)
         readers = any(getattr(policy, "reads_sequences", False) for policy in (dispatch, scaling))
         self.reads_sequences = bool(self._rounds.ask_every or readers)
@@ -196,7 +196,7 @@ class ClusterMachine:
                 return self._attempt_failed(event, now)
             case InstanceReported():
                 self._instances.take_report(event.report, now)
-                return ()
+                return self._flips.reported(now)
             case ClientLeft():
                 return self._client_left(event.request_id)
             case InstanceStarted():
@@ -437,8 +437,7 @@ class ClusterMachine:
         self._instances.release(tracked)
         self._held.pop(request_id, None)
         del self._requests[request_id]
-        if self._observer is not None:
-            tell_end(self._observer, tracked.request, num_output_tokens)
+        self._decode_places.ended(tracked.request, num_output_tokens)
         self._recent[request_id] = None
         if len(self._recent) > self._num_recent:
             self._recent.popitem(last=False)

@@ -7,7 +7,7 @@ import msgspec
 
 from rota.base.instant import Duration
 from rota.serving.model.fleet import StartSource
-from rota.serving.model.instance import InstanceId
+from rota.serving.model.instance import InstanceId, Role
 from rota.serving.model.request import RequestId
 
 # --- from an instance ------------------------------------------------------------------------------------------------
@@ -239,6 +239,14 @@ class KeepInstance(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class SetRole(msgspec.Struct, frozen=True, tag=True):
+    """Give an instance that has nothing left another role. Ends in `InstanceStarted`, or `InstanceLost`."""
+
+    instance_id: InstanceId
+    role: Role
+    reason: str
+
+
 class StopInstance(msgspec.Struct, frozen=True, tag=True):
     """Stop an instance for good: it has no requests, or is lost, or did not get ready. Ends in `InstanceStopped`."""
 
@@ -263,4 +271,5 @@ ClusterCommand = (
     | DrainInstance
     | KeepInstance
     | StopInstance
+    | SetRole
 )

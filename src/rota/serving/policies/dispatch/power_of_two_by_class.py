@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rota.base.errors import ConfigError
+from rota.base.instant import Duration, Instant, seconds, to_seconds
 from rota.base.random_streams import Stream
 from rota.serving.api import (
     NOTHING,
     ClusterView,
     EngineCapabilities,
+    Flip,
     InstanceId,
     InstanceView,
     Pick,
@@ -56,6 +58,10 @@ class PowerOfTwoByClass:
     answers that ended lately for like prompts (see `ObservedLengths`; theirs is a language model of 125 million
     parameters that names the range in three of four cases).
 
+    Flips: with `flip_after_seconds`, an instance that has had nothing to do for so long, or as a decode instance less
+    than a tenth of its memory booked, takes the other role, if there is another one of its own and nobody of the other
+    has as little to do. Published: a minute, and a tenth; off unless asked for.
+
     Instances of role `mixed` take prompts where no prefill instance is, and decode beside the decode instances. Good
     where long and short answers mix and memory is short. Starves nobody; a heavy decode may stay at a prefill instance
     while others wait there.
@@ -73,18 +79,20 @@ class PowerOfTwoByClass:
         bucket_tokens: int = 200,
         reserve: Reserve = "dynamic",
         guess_tokens: int = 256,
+        flip_after_seconds: float = 0.0,
     ) -> None:
         """`heavy_tokens` and `bucket_tokens` are output tokens, at least 1; `guess_tokens` is predicted before any
-        answer ended. `stream` is the source of the draws. Raises `ConfigError` outside of that."""
-        for name, value in {
-            "heavy_tokens": heavy_tokens,
-            "bucket_tokens": bucket_tokens,
-            "guess": guess_tokens,
-        }.items():
+        answer ended. `flip_after_seconds` of 0 flips nobody; TetriInfer's is 60. `stream` is the source of the draws.
+        Raises `ConfigError` outside of that."""
+        for name, value in (("heavy", heavy_tokens), ("bucket", bucket_tokens), ("guess", guess_tokens)):
             if value < 1:
-                raise ConfigError(f"power_of_two_by_class: {name} must be at least 1, not {value}")
+                raise ConfigError(f"power_of_two_by_class: {name}_tokens must be at least 1, not {value}")
         if reserve not in ("greedy", "static", "dynamic"):
             raise ConfigError(f"power_of_two_by_class: reserve must be greedy, static or dynamic, not {reserve!r}")
+        if not 0.0 <= flip_after_seconds < 1e9:
+            raise ConfigError(f"power_of_two_by_class: flip_after_seconds must be at least 0, not {flip_after_seconds}")
+        self._flip_after = seconds(flip_after_seconds)
+        self._idle_since: dict[InstanceId, Instant] = {}
         self._stream = stream
         self._heavy_tokens = heavy_tokens
         self._bucket_tokens = bucket_tokens
@@ -137,6 +145,22 @@ class PowerOfTwoByClass:
         if num_output_tokens is not None:
             self._lengths.learn(request, num_output_tokens)
 
+    def flip(self, cluster: ClusterView) -> Flip | None:
+        if not self._flip_after:
+            return None
+        since, now = self._idle_since, cluster.now
+        self._idle_since = {view.id: since.get(view.id, now) for view in cluster.instances if _has_little_to_do(view)}
+        for view in cluster.instances:
+            if view.role is Role.MIXED or now - self._idle_since.get(view.id, now) < self._flip_after:
+                continue
+            role = Role.DECODE if view.role is Role.PREFILL else Role.PREFILL
+            others = [each for each in cluster.instances if each.role is role]
+            is_last = sum(each.role is view.role for each in cluster.instances) == 1
+            if others and not is_last and not any(each.id in self._idle_since for each in others):
+                idle = to_seconds(Duration(now - self._idle_since.pop(view.id)))
+                return Flip(view.id, role, f"{view.id} had little to do for {idle:g} s, and all {role} instances have")
+        return None
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _forget(self, request_id: RequestId) -> None:
@@ -162,6 +186,12 @@ class PowerOfTwoByClass:
         if held + placed.num_tokens_min > capacity:
             return False
         return self._reserve == "greedy" or _fits_when_the_first_ends(capacity, placed, _left(view, here))
+
+
+def _has_little_to_do(view: InstanceView) -> bool:
+    if view.num_outstanding_requests == 0 and view.num_expected_requests == 0:
+        return True
+    return view.role is Role.DECODE and 10 * view.num_booked_tokens < view.num_blocks * view.block_size
 
 
 def _left(view: InstanceView, here: Mapping[RequestId, _Placed]) -> Sequence[tuple[int, int]]:
