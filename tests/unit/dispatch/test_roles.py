@@ -201,6 +201,25 @@ def test_bad_parameters_are_refused(make, what):
         make()
 
 
+def test_who_has_had_little_to_do_for_long_takes_the_role_of_those_who_have_more():
+    policy = by_class(flip_after_seconds=60.0)
+
+    def flip(at_seconds, *views):
+        return policy.flip(ClusterSample(Instant(at_seconds * 10**9), views))
+
+    idle, busy = instance("a", P), instance("b", P, pending=900, booked=900)
+    decode, light = instance("c", D, booked=8_000), instance("d", D, booked=1_000)
+    assert flip(0, idle, busy, decode) is None
+    assert flip(59, idle, busy, decode) is None
+    found = flip(60, idle, busy, decode)
+    assert (found.instance_id, found.role) == ("a", D)
+    assert flip(61, idle, busy, decode) is None, "it begins to count anew"
+    assert flip(200, idle, decode) is None, "the last of its role"
+    assert flip(300, idle, busy, decode, light) is None, "somebody of the other role has as little to do"
+    assert flip(300, busy, decode, light) is None and flip(360, busy, decode, light).instance_id == "d"
+    assert by_class().flip(cluster(idle, busy, decode)) is None, "off unless asked for"
+
+
 # --- prefill or together ----------------------------------------------------------------------------------------------
 
 

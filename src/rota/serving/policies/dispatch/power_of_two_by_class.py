@@ -158,7 +158,7 @@ class PowerOfTwoByClass:
             is_last = sum(each.role is view.role for each in cluster.instances) == 1
             if others and not is_last and not any(each.id in self._idle_since for each in others):
                 idle = to_seconds(Duration(now - self._idle_since.pop(view.id)))
-                return Flip(view.id, role, f"{view.id} had little to do for {idle:g} s, and all {role} instances have")
+                return Flip(view.id, role, f"{view.id} had little to do for {idle:g} s; no {role} instance had")
         return None
 
     # --- inside ------------------------------------------------------------------------------------------------------
