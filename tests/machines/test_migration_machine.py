@@ -48,8 +48,8 @@ def commit_twice_owned(self, migration, event):
     return Commit(migration.id, migration.request_id)
 
 
-def move_anything(self, move, tracked):
-    way = _way_of(self, move, tracked)
+def move_anything(self, move, tracked, *asked, **others):
+    way = _way_of(self, move, tracked, *asked, **others)
     return Way.COPY if way in ("pinned", "moving", "source_busy", "destination_busy") else way
 
 

@@ -92,14 +92,14 @@ class MigrationLimits:
 
     max_migrations: int = 1
     """Under way from an instance, and so many under way to it."""
-    max_after_prefill: int = 256
-    """The same for requests that decode elsewhere than where their prompt was computed, beside those others."""
     replay_max_tokens: int = 0
     """A request with fewer tokens is replayed where its destination can, although its blocks could be had."""
     reserve_timeout: Duration = seconds(10)
     copy_start_timeout: Duration = seconds(10)
     copy_timeout: Duration = seconds(60)
     hand_over_timeout: Duration = seconds(10)
+    max_after_prefill: int = 256
+    """Like `max_migrations`, for requests that decode elsewhere than where their prompt was computed."""
 
     def __post_init__(self) -> None:
         if self.max_migrations < 1:
