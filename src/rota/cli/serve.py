@@ -1,7 +1,8 @@
 """`rota serve`: the router, over engines that it starts itself or that run already."""
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +13,15 @@ from rota.base.nearest import did_you_mean
 from rota.cli.flags import Json, Seed, at_least, at_least_zero, positive, writing
 from rota.cli.output import print_json, say
 from rota.cli.ray_engines import LOCAL, RayChoice, ray_choice
+from rota.cli.scale_flag import Scale, scaled
 
 if TYPE_CHECKING:
     from rota.base.journal import Journal
     from rota.runtime.live import LiveLoop
     from rota.serving.assemble import System, SystemConfig
     from rota.serving.engines.engine import Engine
-    from rota.serving.frontdoor.serve import Router
+    from rota.serving.frontdoor.serve import Router, ServeConfig
+    from rota.serving.live.fleet import Fleet
     from rota.serving.stack import StackConfig
 
 VLLM, SIMULATED = "vllm", "simulated"
@@ -40,6 +43,7 @@ def serve(
         typer.Option(help="`vllm`, `simulated`, or the URL of a server that runs already (repeat for several)."),
     ] = None,
     instances: Annotated[int, typer.Option(help="Number of vLLM or simulated engines.")] = 2,
+    scale: Scale = None,
     stack: Annotated[Path | None, typer.Option(help="Stack file (TOML): which policies decide.")] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model folder for vLLM; a small packaged model if left out.")
@@ -77,29 +81,26 @@ def serve(
     The stack's order, batch and memory policies run inside each vLLM (or simulated engine), its dispatch and admission
     policies here. A second Ctrl-C stops at once.
     """
-    from rota.serving.stack import load_stack
-
     kinds = engine or [VLLM]
     _check(kinds, on, port, stock)
+    num = at_least("--instances", instances, 1)
+    config, num = scaled(stack, scale, num, can_start=on == LOCAL and _kind(kinds[0]) != "url")
     _run(
         kinds=kinds,
-        num_instances=at_least("--instances", instances, 1),
+        num_instances=num,
         stack_path=stack,
-        stack=load_stack(stack),
+        stack=config,
         model=model,
         stock=stock,
         options=engine_options(engine_option or []),
         hand_off=hand_off,
         profile=profile,
-        host=host,
-        port=port,
+        serving=_serving(host, port, drain, start_timeout),
         journal_path=journal,
         journal_max_bytes=round(positive("--journal-max-mb", journal_max_mb) * 1e6),
         run_dir=run_dir,
         ray=ray_choice(on, cpus_per_instance, gpus_per_instance, resource, await_nodes=await_nodes),
-        start_timeout=positive("--start-timeout", start_timeout),
         wait_for_all=wait_for_all,
-        drain=at_least_zero("--drain", drain),
         seed=seed,
         json=json,
     )
@@ -152,6 +153,17 @@ def engine_options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _serving(host: str, port: int, drain: float, start_timeout: float) -> "ServeConfig":
+    from rota.serving.frontdoor.serve import ServeConfig
+
+    return ServeConfig(
+        host=host,
+        port=port,
+        drain_seconds=at_least_zero("--drain", drain),
+        start_timeout_seconds=positive("--start-timeout", start_timeout),
+    )
+
+
 def _run(
     *,
     kinds: Sequence[str],
@@ -163,15 +175,12 @@ def _run(
     options: dict[str, Any],
     hand_off: bool | None,
     profile: str,
-    host: str,
-    port: int,
+    serving: "ServeConfig",
     journal_path: Path | None,
     journal_max_bytes: int,
     run_dir: Path,
     ray: RayChoice | None,
-    start_timeout: float,
     wait_for_all: bool,
-    drain: float,
     seed: int,
     json: bool,
 ) -> None:
@@ -180,7 +189,6 @@ def _run(
     from rota.runtime.clocks import SystemClock
     from rota.runtime.live import LiveLoop
     from rota.serving.assemble import SystemConfig, build
-    from rota.serving.frontdoor.serve import ServeConfig
     from rota.serving.frontdoor.serve import serve as serve_until_signal
 
     kind = _kind(kinds[0])
@@ -191,25 +199,29 @@ def _run(
         _refuse_what_vllm_cannot_host(stack)
     system = build(config)
     journal = _journal(config, journal_path, journal_max_bytes)
+    at_most = num_instances if stack.scaling == "none" else stack.fleet.max_instances
 
     async def run() -> None:
         loop = LiveLoop(SystemClock(), journal)
         engines: Sequence[Engine]
+        fleet: Fleet | None = None
         if ray is not None:
             plan = ray.plans(kind, run_dir, stack_path, model, stock, options, profile, seed)
             engines = ray.engines(plan, num_instances)
         elif kind == SIMULATED:
-            engines = _simulated(loop, system, config, profile)
+            engines, fleet = _simulated(loop, system, config, profile)
         elif kind == VLLM:
-            engines = _vllm(num_instances, stack_path, model, stock, options, run_dir, hand_off)
+            vllms = functools.partial(_vllm, at_most, stack_path, model, stock, options, run_dir, hand_off)
+            engines, fleet = _vllms(vllms, num_instances)
         else:
             engines = _at(kinds)
         say(f"starting {len(engines)} {'engines' if len(engines) > 1 else 'engine'} ({kind}); ready within minutes")
         await serve_until_signal(
-            ServeConfig(host=host, port=port, drain_seconds=drain, start_timeout_seconds=start_timeout),
+            serving,
             loop=loop,
             machine=system.cluster,
             engines=engines,
+            fleet=fleet,
             num_ready=len(engines) if wait_for_all else 1,
             on_ready=lambda router: _announce(router, json),
         )
@@ -268,23 +280,41 @@ def _with_simulated(config: "SystemConfig", num_instances: int, profile: str) ->
     return msgspec.structs.replace(config, instances=specs)
 
 
-def _simulated(loop: "LiveLoop", system: "System", config: "SystemConfig", profile: str) -> "Sequence[Engine]":
-    from rota.serving.live.simulated import simulated_engines
+def _simulated(
+    loop: "LiveLoop", system: "System", config: "SystemConfig", profile: str
+) -> "tuple[Sequence[Engine], Fleet]":
+    from rota.serving.live.fleet import LocalFleet
+    from rota.serving.live.simulated import one_more, simulated_engines
     from rota.serving.predictors.step_time.profiles import load_profile
 
     facts = load_profile(profile)
-    return simulated_engines(loop, system, config, facts.predictor(), step_overhead=facts.step_overhead())
+    predictor, overhead = facts.predictor(), facts.step_overhead()
+    engines = simulated_engines(loop, system, config, predictor, step_overhead=overhead)
+    return engines, LocalFleet(
+        lambda instance_id: one_more(loop, config, instance_id, predictor, step_overhead=overhead)
+    )
+
+
+def _vllms(
+    build: "Callable[[Sequence[str]], Sequence[Engine]]", num_instances: int
+) -> "tuple[Sequence[Engine], Fleet]":
+    from rota.serving.live.fleet import LocalFleet
+
+    engines = build([f"vllm-{index}" for index in range(num_instances)])
+    return engines, LocalFleet(lambda instance_id: build([instance_id])[0])
 
 
 def _vllm(
-    num_instances: int,
+    num_at_most: int,
     stack_path: Path | None,
     model: Path | None,
     stock: str | None,
     options: dict[str, Any],
     run_dir: Path,
     hand_off: bool | None,
+    names: Sequence[str],
 ) -> "Sequence[Engine]":
+    """One engine for each name, of `num_at_most` that there may be in all."""
     from rota.serving.engines.managed import ManagedEngine, free_port
     from rota.serving.engines.model_package import MODEL_NAME, prepare_model
     from rota.serving.engines.process import ProcessSpec
@@ -299,10 +329,10 @@ def _vllm(
         run_dir.mkdir(parents=True, exist_ok=True)
     engines: list[Engine] = []
     plugin = stock is None
-    sockets = [run_dir / f"vllm-{index}.sock" for index in range(num_instances)]
-    hands_off = _hands_off(hand_off, plugin, sockets)
-    for index in range(num_instances):
-        instance_id = InstanceId(f"vllm-{index}")
+    sockets = [run_dir / f"{name}.sock" for name in names]
+    hands_off = _hands_off(hand_off, plugin, sockets, num_at_most)
+    for name, control_socket in zip(names, sockets, strict=True):
+        instance_id = InstanceId(name)
         server = VllmServer(
             model=folder,
             port=free_port(),
@@ -310,11 +340,11 @@ def _vllm(
             plugin=plugin,
             stack=stack_path if plugin else None,
             facts=run_dir / f"{instance_id}.facts.jsonl" if plugin else None,
-            control=sockets[index] if hands_off else None,
+            control=control_socket if hands_off else None,
             nixl_port=free_port() if hands_off else None,
             scheduling_policy="priority" if stock == "priority" else "fcfs",
             # One core each, in turn: instances that share all cores stall each other.
-            cores=str(index % (os.cpu_count() or 1)),
+            cores=str(int(name.rpartition("-")[2]) % (os.cpu_count() or 1)),
             **options,
         )
         process = ProcessSpec(
@@ -334,7 +364,7 @@ def _vllm(
     return engines
 
 
-def _hands_off(wanted: bool | None, plugin: bool, sockets: Sequence[Path]) -> bool:
+def _hands_off(wanted: bool | None, plugin: bool, sockets: Sequence[Path], num_at_most: int) -> bool:
     """Whether engines with these control sockets are to hand requests over. Raises `ConfigError` where that is wanted
     and cannot be."""
     from importlib.util import find_spec
@@ -345,7 +375,7 @@ def _hands_off(wanted: bool | None, plugin: bool, sockets: Sequence[Path]) -> bo
         "--stock runs vLLM without the plug-in that lets go of requests": not plugin,
         "the package nixl is missing; pip install 'rota[nixl]'": find_spec("nixl") is None,
         # NIXL makes progress on the core that an engine computes on.
-        f"{len(sockets)} engines share {os.cpu_count()} cores": len(sockets) > (os.cpu_count() or 1),
+        f"{num_at_most} engines share {os.cpu_count()} cores": num_at_most > (os.cpu_count() or 1),
         f"a socket in --run-dir would have a path of more than {PATH_BYTES_MAX} bytes": any(
             len(str(path.absolute()).encode()) > PATH_BYTES_MAX for path in sockets
         ),

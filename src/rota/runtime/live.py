@@ -47,6 +47,11 @@ class LiveLoop:
         self._num_told[name] = 0
         self._arm(slot)
 
+    def remove_machine(self, name: str) -> None:
+        """Drive a machine no more. Nothing may be submitted under its name afterwards."""
+        self._disarm(slot_named(self._slots, name))
+        del self._slots[name], self._num_told[name]
+
     def submit(self, machine_name: str, event: object) -> None:
         """Tell a machine of an event that has just happened.
 

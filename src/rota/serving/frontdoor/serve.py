@@ -15,8 +15,11 @@ from rota.serving.engines.engine import Engine, SupervisedEngine
 from rota.serving.engines.vllm.engine import VllmEngine
 from rota.serving.frontdoor.app import SHUTTING_DOWN, FrontDoor
 from rota.serving.frontdoor.http1 import HttpLimits
+from rota.serving.frontdoor.scaling import Scaling
 from rota.serving.live.cluster import LiveCluster
+from rota.serving.live.fleet import Fleet
 from rota.serving.live.watch import EngineWatch, WatchSettings
+from rota.serving.model.instance import InstanceId
 
 _log = logging.getLogger(__name__)
 
@@ -44,9 +47,18 @@ class ServeConfig(msgspec.Struct, frozen=True):
 class Router:
     """A running router. `async with` starts and stops it; tests use it so, `serve` adds the signals."""
 
-    def __init__(self, config: ServeConfig, loop: LiveLoop, machine: ClusterMachine, engines: Sequence[Engine]) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        loop: LiveLoop,
+        machine: ClusterMachine,
+        engines: Sequence[Engine],
+        fleet: Fleet | None = None,
+    ) -> None:
+        """`fleet` starts and stops instances where the machine's stack scales them. Raises `ConfigError` for a stack
+        that does without one."""
         self.config = config
-        self.engines = engines
+        self.engines = list(engines)
         self.cluster = LiveCluster(loop, machine, engines, first_byte_timeout_seconds=config.first_byte_timeout_seconds)
         self.watches = [EngineWatch(engine, self.cluster, config.watch) for engine in engines]
         self.door = FrontDoor(
@@ -56,8 +68,18 @@ class Router:
             default_max_tokens=config.default_max_tokens,
             resume=config.resume,
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watching: dict[InstanceId, asyncio.Task[None]] = {}
         self._started: list[Engine] = []
+        self._scaling: Scaling | None = None
+        self._looking: asyncio.Task[None] | None = None
+        if machine.fleet is not None:
+            if fleet is None:
+                raise ConfigError(
+                    "the stack's scaling policy wants instances started, and these engines cannot be",
+                    hint='scale --engine vllm or simulated on this machine, or leave scaling = "none"',
+                )
+            every = machine.fleet.scale_every
+            self._scaling = Scaling(self.cluster, fleet, every, attach=self._attach, detach=self._detach)
 
     @property
     def url(self) -> str:
@@ -83,15 +105,40 @@ class Router:
                 f"cannot listen on {self.config.host}:{self.config.port}: {error.strerror or error}",
                 hint="another server may have the port; choose another with --port",
             ) from None
-        for engine, watch in zip(self.engines, self.watches, strict=True):
-            if isinstance(engine, SupervisedEngine):
-                engine.on_exit(watch.engine_exited)
-                watch.on_hung = engine.kill
-            if isinstance(engine, VllmEngine):
-                engine.on_report(watch.told)
+        if self._scaling is not None:
+            self._scaling.begin_with(self.engines)
+        for engine, watch in zip(list(self.engines), list(self.watches), strict=True):
+            _connect(engine, watch)
             self._started.append(engine)
             await engine.start()
-            self._tasks.append(asyncio.create_task(watch.run(), name=f"watch {engine.id}"))
+            self._watch(watch)
+        if self._scaling is not None:
+            self._looking = asyncio.create_task(self._scaling.run(), name="scaling")
+
+    def _watch(self, watch: EngineWatch) -> None:
+        self._watching[watch.engine.id] = asyncio.create_task(watch.run(), name=f"watch {watch.engine.id}")
+
+    def _attach(self, engine: Engine) -> None:
+        """An engine that was started while the router runs is known and watched from now on."""
+        watch = EngineWatch(engine, self.cluster, self.config.watch)
+        _connect(engine, watch)
+        self.cluster.add_engine(engine)
+        self.engines.append(engine)
+        self.watches.append(watch)
+        self._watch(watch)
+
+    def _detach(self, instance_id: InstanceId) -> Engine | None:
+        """An engine is to be stopped: it is neither watched nor known any more. None if it was not."""
+        watch = next((each for each in self.watches if each.engine.id == instance_id), None)
+        if watch is None:
+            return None
+        self._watching.pop(instance_id).cancel()
+        self.cluster.remove_engine(instance_id)
+        self.watches.remove(watch)
+        self.engines.remove(watch.engine)
+        if watch.engine in self._started:
+            self._started.remove(watch.engine)
+        return watch.engine
 
     async def wait_ready(self, num_instances: int = 1, timeout_seconds: float | None = None) -> None:
         """Wait until so many instances are ready. Raises `EngineError` that says why they are not."""
@@ -131,9 +178,14 @@ class Router:
         if num_left:
             _log.warning("%d requests were not finished in time and end with an error", num_left)
             self.cluster.fail_all(SHUTTING_DOWN)
-        for task in self._tasks:
+        if self._looking is not None:
+            self._looking.cancel()
+        if self._scaling is not None:
+            await self._scaling.close()
+        watching = list(self._watching.values())
+        for task in watching:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*watching, return_exceptions=True)
         await asyncio.gather(*(engine.stop() for engine in self._started))
         await asyncio.sleep(0)  # Let what was written last get away.
         self.door.server.close()
@@ -146,6 +198,7 @@ async def serve(
     loop: LiveLoop,
     machine: ClusterMachine,
     engines: Sequence[Engine],
+    fleet: Fleet | None = None,
     num_ready: int = 1,
     on_ready: Callable[[Router], None] = lambda router: None,
 ) -> None:
@@ -162,7 +215,7 @@ async def serve(
     running = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         running.add_signal_handler(number, signalled)
-    router = Router(config, loop, machine, engines)
+    router = Router(config, loop, machine, engines, fleet)
     try:
         async with router:
             if await _unless(stopping, router.wait_ready(num_ready)):
@@ -170,12 +223,21 @@ async def serve(
                 await stopping.wait()
             draining = asyncio.create_task(router.drain(config.drain_seconds))
             if not await _unless(hurrying, draining):
-                for engine in engines:
+                for engine in router.engines:
                     if isinstance(engine, SupervisedEngine):
                         engine.kill()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             running.remove_signal_handler(number)
+
+
+def _connect(engine: Engine, watch: EngineWatch) -> None:
+    """Have the watch hear what the engine says by itself."""
+    if isinstance(engine, SupervisedEngine):
+        engine.on_exit(watch.engine_exited)
+        watch.on_hung = engine.kill
+    if isinstance(engine, VllmEngine):
+        engine.on_report(watch.told)
 
 
 async def _unless(event: asyncio.Event, work: asyncio.Task[int] | Coroutine[object, object, None]) -> bool:

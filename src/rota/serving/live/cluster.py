@@ -8,7 +8,7 @@ the request's terms travel (`Request.movable`); otherwise it ends with an error.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -36,6 +36,8 @@ from rota.serving.model.commands import (
     Migrate,
     MoveRefused,
     Reject,
+    StartInstance,
+    StopInstance,
     Way,
 )
 from rota.serving.model.events import (
@@ -75,7 +77,7 @@ class LiveCluster:
         a stream the time to its first byte, otherwise to the whole answer. None is for ever."""
         self.loop = loop
         self.machine = machine
-        self.engines: Mapping[InstanceId, Engine] = {engine.id: engine for engine in engines}
+        self.engines: dict[InstanceId, Engine] = {engine.id: engine for engine in engines}
         self.first_byte_timeout_seconds = first_byte_timeout_seconds
         self.answer_bytes_max = answer_bytes_max
         self.flights: dict[RequestId, Flight] = {}
@@ -88,6 +90,8 @@ class LiveCluster:
         self._asking: set[asyncio.Task[None]] = set()
         self._breakers = {engine_id: CircuitBreaker(breaker or BreakerRule()) for engine_id in self.engines}
         self._breaker_rule = breaker or BreakerRule()
+        self.on_fleet: Callable[[StartInstance | StopInstance], None] = lambda command: None
+        """Who starts and stops instances, where they are scaled."""
         loop.add_machine(CLUSTER, machine, self._carry_out)
 
     # --- from the front door -----------------------------------------------------------------------------------------
@@ -117,8 +121,9 @@ class LiveCluster:
         if flight is None:
             return
         flight.is_stalled = stalled
-        if flight.attempt is not None:
-            self.engines[flight.attempt.instance_id].pause(request_id, stalled)
+        engine = None if flight.attempt is None else self.engines.get(flight.attempt.instance_id)
+        if engine is not None:
+            engine.pause(request_id, stalled)
 
     def fail_all(self, reason: str) -> None:
         """End every unfinished request with an error: the router stops."""
@@ -151,8 +156,13 @@ class LiveCluster:
 
     def takes_requests(self, instance_id: InstanceId) -> bool:
         """Whether an instance is well, not drained, and its breaker closed."""
-        is_closed = self._breakers[instance_id].open_until is None
-        return is_closed and instance_id in self.statuses and instance_id not in self.drained
+        breaker = self._breakers.get(instance_id)
+        return (
+            breaker is not None
+            and breaker.open_until is None
+            and instance_id in self.statuses
+            and instance_id not in self.drained
+        )
 
     def num_in_flight(self) -> dict[InstanceId, int]:
         """Requests that were dispatched and have not ended, for each instance."""
@@ -161,6 +171,20 @@ class LiveCluster:
             if flight.attempt is not None and not flight.attempt.is_over:
                 counts[flight.attempt.instance_id] += 1
         return counts
+
+    # --- engines that come and go ------------------------------------------------------------------------------------
+
+    def add_engine(self, engine: Engine) -> None:
+        """One more engine, which is watched from now on."""
+        self.engines[engine.id] = engine
+        self._breakers[engine.id] = CircuitBreaker(self._breaker_rule)
+
+    def remove_engine(self, instance_id: InstanceId) -> None:
+        """An engine that is gone for good. What it still had is lost to it, as in a crash."""
+        self.lost(instance_id, "it was stopped")
+        self.drained.discard(instance_id)
+        self._breakers.pop(instance_id, None)
+        self.engines.pop(instance_id, None)
 
     # --- from those who watch the engines ----------------------------------------------------------------------------
 
@@ -336,6 +360,8 @@ class LiveCluster:
             flight = self.flights.pop(command.request_id, None)
             if flight is not None:
                 flight.client.on_failed(command.reason, flight.answer)
+        elif isinstance(command, StartInstance | StopInstance):
+            self.on_fleet(command)
         elif isinstance(command, Migrate | MoveRefused | CopyOut | HandOver | Commit | AbortMigration):
             self.moves.carry_out(command)
 

@@ -1,8 +1,9 @@
 """Where a running router gets its instances from, and where it gives them back to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from rota.base.instant import Duration, seconds
 from rota.serving.engines.engine import Engine
 from rota.serving.model.fleet import StartOffer, StartSource
 from rota.serving.model.instance import InstanceId
@@ -29,3 +30,25 @@ class Fleet(Protocol):
         """Give back an engine that `start` returned, with all that it took; it is not used any more. It may be in any
         state, dead or never ready. `Engine.stop` is called here, not by the router."""
         ...
+
+
+class LocalFleet:
+    """Engines on this machine, one after the other from the same recipe. What the first one read of its weights is in
+    memory for all that follow."""
+
+    def __init__(self, build: Callable[[InstanceId], Engine], start_up: Duration = seconds(60)) -> None:
+        """`build` makes an engine that is not started. `start_up` is what the router believes of a start until it has
+        seen one."""
+        self._build = build
+        self._start_up = start_up
+
+    def offers(self) -> Sequence[StartOffer]:
+        return (StartOffer(StartSource.PAGE_CACHE, self._start_up),)
+
+    async def start(self, instance_id: InstanceId, source: StartSource) -> Engine:
+        engine = self._build(instance_id)
+        await engine.start()
+        return engine
+
+    async def stop(self, engine: Engine) -> None:
+        await engine.stop()

@@ -18,7 +18,7 @@ from rota.base.instant import Duration, Instant, to_seconds
 from rota.base.random_streams import RandomStreams, Stream
 from rota.runtime.live import LiveLoop
 from rota.serving.api import StepTimePredictor
-from rota.serving.assemble import System, SystemConfig, instance_name
+from rota.serving.assemble import System, SystemConfig, build_instance, instance_name
 from rota.serving.engines.engine import AnswerSink, EngineCall, EngineStatus
 from rota.serving.instance.machine import InstanceMachine
 from rota.serving.live.placeholder import Placeholder, prompt_ids
@@ -98,7 +98,9 @@ class SimulatedEngine:
         *,
         model: str = "simulated",
         step_overhead: Duration = Duration(0),
+        leaves_for_good: bool = False,
     ) -> None:
+        """`leaves_for_good`: once it is stopped, its machine is driven no more."""
         self.spec = spec
         self.model = model
         self._loop = loop
@@ -115,6 +117,7 @@ class SimulatedEngine:
         self._ended_at: float | None = None
         """When the step before was due to end, for one that follows at once; None for one that ends idleness."""
         self._is_lost = False
+        self._leaves_for_good = leaves_for_good
         loop.add_machine(self._name, machine, self._carry_out)
 
     @property
@@ -127,6 +130,9 @@ class SimulatedEngine:
     async def stop(self) -> None:
         """End with every answer that is under way failed."""
         self.lose()
+        if self._leaves_for_good:
+            self._leaves_for_good = False
+            self._loop.remove_machine(self._name)
 
     def lose(self) -> None:
         """Fail as a crash would: every answer breaks off, and probes fail until `come_back`."""
@@ -299,6 +305,21 @@ class SimulatedEngine:
 
     def _soon(self, call: Callable[..., None], *arguments: object) -> None:
         asyncio.get_running_loop().call_soon(call, *arguments)
+
+
+def one_more(
+    loop: LiveLoop,
+    config: SystemConfig,
+    instance_id: InstanceId,
+    step_time: StepTimePredictor,
+    *,
+    step_overhead: Duration = Duration(0),
+) -> SimulatedEngine:
+    """One more simulated engine, like the first that the system was configured with."""
+    spec = msgspec.structs.replace(config.instances[0], id=instance_id)
+    lengths = RandomStreams(config.seed).stream(f"output_length/{instance_id}")
+    machine = build_instance(config.stack, spec)
+    return SimulatedEngine(loop, spec, machine, step_time, lengths, step_overhead=step_overhead, leaves_for_good=True)
 
 
 def simulated_engines(
