@@ -165,7 +165,7 @@ async def test_blocks_come_back_and_those_that_stay_say_why(
 ) -> None:
     with pytest.raises(RequestStays, match="not here"):
         await engines[0].hand_off(RequestId("nobody"))
-    seeded = {**body_of(list(range(4000, 4050)), LONG), "seed": 3}
+    seeded = {**body_of(list(range(4000, 4050)), LONG), "seed": 3, "temperature": 0.7}
     asked: list[asyncio.Task[object]] = []
 
     def heard(answer: Answer) -> bool:

@@ -330,7 +330,7 @@ def _vllm(
     engines: list[Engine] = []
     plugin = stock is None
     sockets = [run_dir / f"{name}.sock" for name in names]
-    hands_off = _hands_off(hand_off, plugin, sockets, num_at_most)
+    hands_off = _hands_off(hand_off, plugin, stack_path, sockets, num_at_most)
     for name, control_socket in zip(names, sockets, strict=True):
         instance_id = InstanceId(name)
         server = VllmServer(
@@ -364,16 +364,22 @@ def _vllm(
     return engines
 
 
-def _hands_off(wanted: bool | None, plugin: bool, sockets: Sequence[Path], num_at_most: int) -> bool:
+def _hands_off(
+    wanted: bool | None, plugin: bool, stack_path: Path | None, sockets: Sequence[Path], num_at_most: int
+) -> bool:
     """Whether engines with these control sockets are to hand requests over. Raises `ConfigError` where that is wanted
     and cannot be."""
     from importlib.util import find_spec
 
     from rota.serving.engines.vllm.control import PATH_BYTES_MAX
+    from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
+    from rota.serving.stack import engine_policies, load_stack
 
+    order = engine_policies(load_stack(stack_path), VLLM_CAPABILITIES, "vLLM 0.32").order if plugin else None
     obstacles = {
         "--stock runs vLLM without the plug-in that lets go of requests": not plugin,
         "the package nixl is missing; pip install 'rota[nixl]'": find_spec("nixl") is None,
+        "the stack's order displaces, and NIXL may free blocks later than that": order is not None and order.displacing,
         # NIXL makes progress on the core that an engine computes on.
         f"{num_at_most} engines share {os.cpu_count()} cores": num_at_most > (os.cpu_count() or 1),
         f"a socket in --run-dir would have a path of more than {PATH_BYTES_MAX} bytes": any(
