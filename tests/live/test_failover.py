@@ -1,6 +1,6 @@
 """Real vLLM engines die, hang and talk nonsense under load, and every stream ends with the tokens it should have.
 
-pytest -m live -s tests/live/test_failover.py                             # 10 faults
+pytest -m live -s tests/live/test_failover.py                             # 6 faults
 ROTA_NUM_FAULTS=30 pytest -m live -s tests/live/test_failover.py -k load   # as many as docs/rescheduling.md tells of
 """
 
@@ -41,7 +41,7 @@ from rota.testing.garbling import GarblingProxy
 
 pytestmark = pytest.mark.live
 
-NUM_FAULTS = int(os.environ.get("ROTA_NUM_FAULTS", "10"))
+NUM_FAULTS = int(os.environ.get("ROTA_NUM_FAULTS", "6"))
 KINDS = ("SIGSTOP", "garbage", "SIGKILL")
 NUM_FAULTS_OF_ALL_KINDS = 30
 """From so many on the three kinds take turns. Of fewer one is a SIGKILL: a vLLM takes a minute or more to start."""
@@ -105,7 +105,8 @@ async def pair(folder: Path, *, migration: MigrationPolicy | None = None) -> Asy
         engines.append(ProxiedEngine(InstanceId(f"vllm-{index}"), await proxy.start(), process, proxy))
     config = SystemConfig()
     journal = Journal(header_of(config), path=folder / "journal.jsonl", keep_rows=True)
-    watch = WatchSettings(interval_seconds=0.5, starting_interval_seconds=0.25)
+    # A vLLM that is started again beside a busy one takes up to 90 s here; one of many hung before it had begun.
+    watch = WatchSettings(interval_seconds=0.5, starting_interval_seconds=0.25, start_seconds=150)
     loop = LiveLoop(SystemClock(), journal)
     machine = ClusterMachine(LeastOutstandingTokens(), BoundedQueue(), migration=migration)
     router = Router(ServeConfig(port=0, watch=watch), loop, machine, engines)
@@ -113,8 +114,7 @@ async def pair(folder: Path, *, migration: MigrationPolicy | None = None) -> Asy
         async with router:
             await router.wait_ready(2, timeout_seconds=300)
             for watch_, engine in zip(router.watches, engines, strict=True):
-                # As someone would do by hand, and quicker than a start.
-                watch_.on_hung = functools.partial(_continue, engine)
+                watch_.on_hung = functools.partial(_mend, engine)
             yield Pair(router, engines, proxies, journal)
     finally:
         for proxy in proxies:
@@ -122,9 +122,15 @@ async def pair(folder: Path, *, migration: MigrationPolicy | None = None) -> Asy
         journal.close()
 
 
-def _continue(engine: ManagedEngine) -> None:
-    if engine.process.pid is not None:
-        os.killpg(engine.process.pid, signal.SIGCONT)
+def _mend(engine: ManagedEngine) -> None:
+    """Have one that was stopped go on, as someone would do by hand, and quicker than a start. Kill any other."""
+    pid = engine.process.pid
+    if pid is None:
+        return
+    if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+        os.killpg(pid, signal.SIGCONT)
+    else:
+        engine.kill()
 
 
 def body_of(index: int, *, chat: bool, max_tokens: int) -> dict[str, Any]:
@@ -220,7 +226,7 @@ def tally(heard: list[tuple[int, "Heard"]], expected: list["Heard"]) -> str:
 
 
 async def both_ready(pair: Pair) -> None:
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(400):
         while len(pair.router.cluster.statuses) < 2 or not all(
             pair.router.cluster.takes_requests(engine.id) for engine in pair.engines
         ):

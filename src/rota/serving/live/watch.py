@@ -1,7 +1,8 @@
 """Watches one engine: tells the cluster when it becomes ready, when it is lost, and how loaded it says it is.
 
 Three probes in a row that fail are a loss; one is enough where no stream of the engine brought anything while it was
-waited for. An engine whose probes are well and whose streams all stand still is lost after `stall_seconds`.
+waited for. An engine whose probes are well and whose streams all stand still is lost after `stall_seconds`. One that
+does not get ready within `start_seconds` is hung as well.
 """
 
 import asyncio
@@ -30,6 +31,8 @@ class WatchSettings(msgspec.Struct, frozen=True):
     """Probes in a row that must fail before a ready engine is taken to be lost."""
     stall_seconds: float = 30.0
     """How long all that an engine has to do may be streams that bring nothing after they began."""
+    start_seconds: float = 1800.0
+    """How long an engine may take to get ready, first or again, before its start is taken to be hung."""
 
 
 class EngineWatch:
@@ -51,8 +54,9 @@ class EngineWatch:
         self._streams: dict[RequestId, bytes | None] = {}
         self._silent_before: dict[RequestId, bytes | None] = {}
         self._silent_since: Instant | None = None
+        self._starting_since: Instant | None = None
         self.on_hung: Callable[[], None] = lambda: None
-        """Called when the engine is lost though nobody said that it ended."""
+        """Called when the engine is lost, or does not get ready, though nobody said that it ended."""
 
     @property
     def is_ready(self) -> bool:
@@ -62,6 +66,7 @@ class EngineWatch:
         """The engine's process ended: there is nothing to probe for."""
         self.last_error = reason
         self.last_report = None
+        self._starting_since = None
         self._cluster.lost(self.engine.id, reason)
 
     def told(self, report: InstanceReport, age: Duration, steps: StepTotals) -> None:
@@ -87,12 +92,14 @@ class EngineWatch:
             self._num_failures += 1
             if not self.is_ready:
                 self.last_error = error.message
+                self._look_at_start()
             elif self._num_failures >= self._settings.num_failures_max:
                 self._lose(f"{self._num_failures} probes in a row failed: {error.message}")
             elif self._is_silent():
                 self._lose(f"no stream brings anything, and a probe failed: {error.message}")
             return
         self._num_failures = 0
+        self._starting_since = None
         self._cluster.try_again(self.engine.id)
         if self._is_stalled():
             self._lose(f"its streams brought nothing for {self._settings.stall_seconds:g} s")
@@ -107,6 +114,14 @@ class EngineWatch:
         self.last_report = None
         self._cluster.lost(self.engine.id, reason)
         self.on_hung()
+
+    def _look_at_start(self) -> None:
+        now = self._cluster.loop.now()
+        self._starting_since = self._starting_since or now
+        if now - self._starting_since >= seconds(self._settings.start_seconds):
+            self.last_error = f"it was not ready within {self._settings.start_seconds:g} s: {self.last_error}"
+            self._starting_since = None
+            self.on_hung()
 
     def _is_silent(self) -> bool:
         """Whether there were streams at the engine, and none brought anything since the look began."""
