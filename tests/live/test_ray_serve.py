@@ -171,7 +171,6 @@ async def test_a_router_that_is_killed_leaves_its_engines_to_the_next_one(three:
     await until(lambda: not engines_of(tmp_path), "the engines are gone")
 
 
-@pytest.mark.xfail(strict=False, reason="since scaling and hand-off were merged it is not back within a minute")
 @pytest.mark.asyncio
 async def test_an_engine_that_dies_is_started_again_by_ray(three: Cluster, tmp_path: Path) -> None:
     async with served(tmp_path, 2) as (running, engines):

@@ -156,7 +156,7 @@ class RayEngine(OpenAIEngine):
             self._exited(f"Ray started it anew on node {found.node_id[:8]}")
         if found.url and (before is None or before.url != found.url):
             self.moved_to(found.url)
-        if found.given_up:
+        if found.given_up and not self._has_served:  # Otherwise its host hears so with the next look.
             self._give_up(f"{self.id}: {found.ended}")
         elif found.ended is not None and (before is None or before.ended is None):
             self._exited(found.ended)

@@ -78,6 +78,9 @@ class EngineHost:
         self._owner, self._asked_at = owner, now
         if self._process is not None and has_served:
             self._process.has_served = True
+            if self._where.given_up:  # It died before anybody could say here that it had worked.
+                self._where = msgspec.structs.replace(self._where, given_up=False)
+                self._running = asyncio.get_running_loop().create_task(_leave_after(FAREWELL_SECONDS))
         return self._where
 
     async def stop(self) -> None:
@@ -110,5 +113,9 @@ class EngineHost:
         self._where = msgspec.structs.replace(self._where, ended=reason, given_up=given_up)
         if given_up:
             return
-        await asyncio.sleep(FAREWELL_SECONDS if has_served else PAUSE_SECONDS)
-        os._exit(1)  # An actor that ends by itself in good order is not started again.
+        await _leave_after(FAREWELL_SECONDS if has_served else PAUSE_SECONDS)
+
+
+async def _leave_after(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    os._exit(1)  # An actor that ends by itself in good order is not started again.
