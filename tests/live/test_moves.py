@@ -15,7 +15,6 @@ import random
 import signal
 import statistics
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from tests.live.served import ROTA, two_vllms_served
 
 pytestmark = pytest.mark.live
 
-ROTA = [sys.executable, "-m", "rota.cli.main"]
 NUM_MOVES = int(os.environ.get("ROTA_NUM_MOVES", "20"))
 WAYS = ("hand_off", "replay")
 MAX_TOKENS = 64
@@ -54,28 +53,8 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("moves")
     options = ("dtype=float32", "max_num_seqs=8", "max_model_len=512")
-    process = subprocess.Popen(
-        [
-            *(*ROTA, "serve", "--port", "0", "--instances", "2", "--json", "--wait-for-all", "--drain", "5"),
-            *("--run-dir", str(folder), "--journal", str(folder / "journal.jsonl"), "--hand-off"),
-            *(word for option in options for word in ("--engine-option", option)),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        lines: list[str] = []
-        for line in process.stdout or ():
-            lines.append(line)
-            if line.startswith("}"):
-                break
-        assert lines, (folder / "vllm-0.log").read_text()[-4000:]
-        yield Served(process, json.loads("".join(lines))["url"].removesuffix("/v1"), folder)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(60)
+    with two_vllms_served(folder, "--hand-off", engine_options=options) as (process, url):
+        yield Served(process, url.removesuffix("/v1"), folder)
 
 
 def body_of(index: int, *, chat: bool) -> dict[str, Any]:

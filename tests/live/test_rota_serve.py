@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ from pathlib import Path
 
 import openai
 import pytest
+from tests.live.served import ROTA, two_vllms_served
 
 from rota.serving.engines.vllm.facts import read_engine, read_facts
 
 pytestmark = pytest.mark.live
 
-ROTA = [sys.executable, "-m", "rota.cli.main"]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -42,30 +41,10 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
     (folder / "stack.toml").write_text('order = "strict_priority"\ndispatch = "round_robin"\n')
-    process = subprocess.Popen(
-        [
-            *(*ROTA, "serve", "--port", "0", "--instances", "2", "--json", "--wait-for-all", "--drain", "5"),
-            *("--stack", str(folder / "stack.toml"), "--run-dir", str(folder)),
-            *("--journal", str(folder / "journal.jsonl")),
-            *("--engine-option", "max_num_seqs=4", "--engine-option", "max_model_len=1024"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        lines: list[str] = []
-        for line in process.stdout or ():
-            lines.append(line)
-            if line.startswith("}"):
-                break
-        assert lines, (folder / "vllm-0.log").read_text()[-4000:]
-        url = json.loads("".join(lines))["url"]
+    words = ("--stack", str(folder / "stack.toml"))
+    options = ("max_num_seqs=4", "max_model_len=1024")
+    with two_vllms_served(folder, *words, engine_options=options) as (process, url):
         yield Served(process, openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120), folder)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(60)
 
 
 def test_it_answers_sensibly_from_both_engines(served: Served) -> None:

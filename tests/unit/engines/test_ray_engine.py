@@ -1,6 +1,7 @@
 """The router's half of an engine on Ray, against an actor that is told what to say."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
+from rota import __version__
 from rota.base.errors import EngineError
+from rota.serving.engines.process import ProcessSpec
 from rota.serving.engines.ray import engine as ray_engine
+from rota.serving.engines.ray import host as host_module
 from rota.serving.engines.ray.cluster import Needs
 from rota.serving.engines.ray.engine import RayEngine
-from rota.serving.engines.ray.host import Refused, Whereabouts
+from rota.serving.engines.ray.host import EngineHost, Refused, Whereabouts
 from rota.serving.engines.ray.plans import SimulatedPlan
 from rota.testing.scripted import ScriptedServer, answers
 
@@ -29,6 +33,7 @@ class Told:
     def __init__(self) -> None:
         self.says: Any = None
         self.num_asked = self.num_ended = self.num_placed = 0
+        self.told_has_served = False
         self.where = SimpleNamespace(remote=self._where)
 
     def place(self, plan: object) -> "Told":
@@ -40,8 +45,9 @@ class Told:
     def end(self, actor: object, *, restart: bool = False) -> None:
         self.num_ended += 1
 
-    def _where(self, *_: object) -> Any:
+    def _where(self, owner: str, version: str, plan: object, has_served: bool) -> Any:
         self.num_asked += 1
+        self.told_has_served = has_served
         answer: Future[Any] = Future()
         if isinstance(self.says, Exception):
             answer.set_exception(self.says)
@@ -104,6 +110,51 @@ async def test_another_incarnation_is_a_loss_and_another_server(monkeypatch: pyt
         await until(lambda: len(exits) == 2)
         with pytest.raises(EngineError, match="ray-0: exited with status 3"):
             await engine.probe()
+
+
+@pytest.mark.asyncio
+async def test_one_that_died_before_its_host_heard_that_it_had_worked_is_not_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = ScriptedServer(answers)
+    url = await server.start()
+    told = Told()
+    told.says = Whereabouts(url, "first", "one")
+    async with followed(told, monkeypatch) as (engine, exits):
+        await until(lambda: engine.node_id == "one")
+        await engine.probe()
+        told.says = Whereabouts(url, "first", "one", ended="exited with status -9", given_up=True)
+        await until(lambda: exits)
+        assert (exits, engine.given_up) == (["exited with status -9"], None)
+        assert told.told_has_served
+    server.die()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("worked", [True, False])
+async def test_a_host_that_hears_it_late_leaves_to_be_started_anew(
+    monkeypatch: pytest.MonkeyPatch, worked: bool
+) -> None:
+    context = SimpleNamespace(was_current_actor_reconstructed=False, get_node_id=lambda: "one")
+    monkeypatch.setattr(host_module.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(host_module.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    left: list[float] = []
+
+    async def leave(seconds: float) -> None:
+        left.append(seconds)
+
+    monkeypatch.setattr(host_module, "_leave_after", leave)
+    spec = ProcessSpec(name="ray-0", command=("false",), log_path=os.devnull)
+    plan = SimpleNamespace(instance_id="ray-0", process=lambda host, port: spec)
+    host = EngineHost(plan)  # type: ignore[arg-type]
+    async with asyncio.timeout(20):
+        while (where := await host.where("me", __version__, plan, False)).ended is None:  # type: ignore[arg-type]
+            await asyncio.sleep(0.01)
+    assert where.given_up
+    assert not left
+    late = await host.where("me", __version__, plan, worked)  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    assert (late.given_up, bool(left)) == (not worked, worked)
 
 
 @pytest.mark.asyncio

@@ -1,6 +1,7 @@
 """Prompts in one pool of instances, decodes in another, and between them those that do both for a while."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rota.base.errors import ConfigError
 from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, InstanceView, Pick, Request, Role
@@ -49,8 +50,8 @@ class Pools:
             chosen = min(cluster.instances, key=_num_pending)
             return Pick(chosen.id, f"no roles; fewest pending tokens ({_num_pending(chosen)})")
         pools = self._pools(cluster.instances)
-        prefill, why_prefill = self._place_prefill(request, pools)
-        decode, why_decode = self._place_decode(request, pools)
+        prefill, why_prefill = self._place(request, pools, _PREFILL)
+        decode, why_decode = self._place(request, pools, _DECODE)
         scores = load_scores(cluster.instances)
         if prefill is None or decode is None:
             chosen = min(cluster.instances, key=_num_pending)
@@ -74,29 +75,18 @@ class Pools:
         self._joined = joined
         return pools
 
-    def _place_prefill(
-        self, request: Request, pools: dict[Role, list[InstanceView]]
+    def _place(
+        self, request: Request, pools: dict[Role, list[InstanceView]], phase: "_Phase"
     ) -> tuple[InstanceView | None, str]:
-        for role in (Role.PREFILL, Role.MIXED):
-            chosen = min(pools[role], key=_num_pending, default=None)
-            if chosen is not None and self._has_short_queue(chosen, request):
-                return chosen, f"fewest pending tokens ({_num_pending(chosen)}) of the {role} pool"
-        chosen = min(pools[Role.DECODE], key=_num_pending, default=None)
+        """Where a phase of the request runs, and why there."""
+        for role in (phase.home, Role.MIXED):
+            chosen = min(pools[role], key=phase.load, default=None)
+            if chosen is not None and phase.has_room(self, chosen, request):
+                return chosen, f"fewest {phase.counted} tokens ({phase.load(chosen)}) of the {role} pool"
+        chosen = min(pools[phase.lender], key=phase.load, default=None)
         if chosen is not None:
             self._joined.add(chosen.id)
-            return chosen, f"prefill queues are full: {chosen.id} of the decode pool takes prompts"
-        return None, ""
-
-    def _place_decode(self, request: Request, pools: dict[Role, list[InstanceView]]) -> tuple[InstanceView | None, str]:
-        for role in (Role.DECODE, Role.MIXED):
-            chosen = min(pools[role], key=_num_booked, default=None)
-            if chosen is not None and self._has_memory(chosen, request):
-                return chosen, f"fewest booked tokens ({_num_booked(chosen)}) of the {role} pool"
-        chosen = min(pools[Role.PREFILL], key=_num_booked, default=None)
-        if chosen is not None:
-            self._joined.add(chosen.id)
-            return chosen, f"decode memory is full: {chosen.id} of the prefill pool decodes"
-        return None, ""
+        return chosen, f"the {phase.home} and mixed pools are full: one of the {phase.lender} pool does both"
 
     def _has_short_queue(self, view: InstanceView, request: Request) -> bool:
         num_pending = _num_pending(view)
@@ -116,3 +106,18 @@ def _num_pending(view: InstanceView) -> int:
 
 def _num_booked(view: InstanceView) -> int:
     return view.num_booked_tokens
+
+
+class _Phase(NamedTuple):
+    """What the two phases of a request differ in."""
+
+    home: Role
+    lender: Role
+    """The pool of which one joins the mixed pool where there is no room."""
+    counted: str
+    load: Callable[[InstanceView], int]
+    has_room: Callable[[Pools, InstanceView, Request], bool]
+
+
+_PREFILL = _Phase(Role.PREFILL, Role.DECODE, "pending", _num_pending, Pools._has_short_queue)
+_DECODE = _Phase(Role.DECODE, Role.PREFILL, "booked", _num_booked, Pools._has_memory)
