@@ -24,6 +24,8 @@ class Looked(NamedTuple):
     errors: list[str]
     """What scripts complained of."""
     num_figures: int
+    text: str
+    """What a reader reads."""
     screenshot: bytes
     """PNG of the whole page, if asked for."""
 
@@ -31,10 +33,11 @@ class Looked(NamedTuple):
 def look(page: Path, *, scheme: str = "light", width: int = 1200, is_shot: bool = False) -> Looked:
     """Open a file, as a reader does who likes this colour scheme, and wait until its figures are drawn. A picture of
     the whole page takes a while, so it is taken only if asked for."""
-    return asyncio.run(_look(page, scheme, width, is_shot))
+    return asyncio.run(look_at(page.resolve().as_uri(), scheme=scheme, width=width, is_shot=is_shot))
 
 
-async def _look(page: Path, scheme: str, width: int, is_shot: bool) -> Looked:
+async def look_at(url: str, *, scheme: str = "light", width: int = 1200, is_shot: bool = False) -> Looked:
+    """The same for whatever is at a URL."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run")
@@ -46,9 +49,9 @@ async def _look(page: Path, scheme: str, width: int, is_shot: bool) -> Looked:
             async with aiohttp.ClientSession() as session:
                 async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
                     targets = await answer.json()
-                url = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
-                async with session.ws_connect(url, max_msg_size=0) as socket:
-                    return await asyncio.wait_for(_open(_Protocol(socket), page, scheme, width, is_shot), 120)
+                debugger = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
+                async with session.ws_connect(debugger, max_msg_size=0) as socket:
+                    return await asyncio.wait_for(_open(_Protocol(socket), url, scheme, width, is_shot), 120)
         finally:
             browser.terminate()
             await browser.wait()
@@ -84,13 +87,13 @@ class _Protocol:
         return result["result"].get("value")
 
 
-async def _open(protocol: _Protocol, page: Path, scheme: str, width: int, is_shot: bool) -> Looked:
+async def _open(protocol: _Protocol, page: str, scheme: str, width: int, is_shot: bool) -> Looked:
     for domain in ("Network", "Page", "Runtime"):
         await protocol.call(f"{domain}.enable")
     await protocol.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     await protocol.call("Emulation.setDeviceMetricsOverride", **size)
-    await protocol.call("Page.navigate", url=page.resolve().as_uri())
+    await protocol.call("Page.navigate", url=page)
     drawn = "document.querySelectorAll('.js-plotly-plot .main-svg .xy').length"
     wanted = "document.querySelectorAll('.plotly-graph-div').length"
     for _ in range(200):
@@ -115,8 +118,8 @@ async def _open(protocol: _Protocol, page: Path, scheme: str, width: int, is_sho
         for event in protocol.events
         if event.get("method") == "Runtime.exceptionThrown"
     ]
-    outside = [url for url in asked if not url.startswith(("data:", "blob:")) and url != page.resolve().as_uri()]
+    outside = [url for url in asked if not url.startswith(("data:", "blob:")) and url != page]
     figures = await protocol.value(
         "document.querySelectorAll('.js-plotly-plot .main-svg').length > 0 ? " + wanted + " : 0"
     )
-    return Looked(outside, errors, figures, shot)
+    return Looked(outside, errors, figures, await protocol.value("document.body.innerText"), shot)

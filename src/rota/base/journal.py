@@ -7,6 +7,8 @@ world does. A file is JSON lines: a header, the rows, and an end mark that says 
 import hashlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from io import SEEK_CUR
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
@@ -186,20 +188,37 @@ class JournalFile:
         self.header = self._read_header()
 
     def __iter__(self) -> Iterator[Row]:
+        for row in self._rows(grows=False):
+            assert row is not None
+            yield row
+
+    def follow(self) -> Iterator[Row | None]:
+        """As iterating, for a file that is still being written: where it ends without an end mark, each step gives None
+        until there is another whole line."""
+        return self._rows(grows=True)
+
+    def _rows(self, *, grows: bool) -> Iterator[Row | None]:
         digest = hashlib.sha256()
         num_rows = 0
         self.end = None
         with self._open() as file:
             file.readline()
-            for number, line in enumerate(file, start=2):
+            for number in count(2):
                 spot = f"{self.path}:{number}"
+                while not (line := file.readline()).endswith(b"\n"):
+                    if self.end is not None and not line:
+                        return
+                    if not grows:
+                        if not line:
+                            return
+                        raise DataError(
+                            f"{spot}: the last line is cut short",
+                            hint="its writer was stopped; delete that line to read the rest",
+                        )
+                    file.seek(-len(line), SEEK_CUR)
+                    yield None
                 if self.end is not None:
                     raise DataError(f"{spot}: a line after the end mark")
-                if not line.endswith(b"\n"):
-                    raise DataError(
-                        f"{spot}: the last line is cut short",
-                        hint="its writer was stopped; delete that line to read the rest",
-                    )
                 if line.startswith(b'{"end"'):
                     self.end = self._read_end(line, spot, num_rows, digest.hexdigest())
                     continue

@@ -33,6 +33,7 @@ VERBS = {
     "size": Verb("rota.cli.size:size", "Find the smallest fleet that keeps a promise, and say how sure that is"),
     "sweep": Verb("rota.cli.sweep:sweep", "Run all combinations of some parameters, on all cores or a cluster"),
     "serve": Verb("rota.cli.serve:serve", "Serve the OpenAI API in front of engines"),
+    "top": Verb("rota.cli.top:top", "Look at what goes on: a router, a simulation as it runs, or a journal"),
     "deploy": Verb("rota.cli.deploy:deploy", "Write a Ray cluster file, or a RayService for Kubernetes"),
     "bench": Verb("rota.cli.bench:bench", "Load any OpenAI-compatible server, open loop, and measure it"),
     "calibrate": Verb("rota.cli.calibrate:calibrate", "Fit step times to a live engine, with their error inside"),

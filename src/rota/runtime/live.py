@@ -47,6 +47,10 @@ class LiveLoop:
         self._num_told[name] = 0
         self._arm(slot)
 
+    def add_observer(self, observer: Observer) -> None:
+        """Show it every row from now on."""
+        self._recorder.add_observer(observer)
+
     def remove_machine(self, name: str) -> None:
         """Drive a machine no more. Nothing may be submitted under its name afterwards."""
         self._disarm(slot_named(self._slots, name))

@@ -37,10 +37,15 @@ class Recorder:
 
     def __init__(self, journal: Journal | None, observers: Iterable[Observer]) -> None:
         self._journal = journal
-        self._observers = tuple(observers)
+        self._observers = list(observers)
         self._num_rows = 0
         self._last_at: Instant | None = None
         self.is_needed = journal is not None or bool(self._observers)
+
+    def add_observer(self, observer: Observer) -> None:
+        """Show it every row from now on."""
+        self._observers.append(observer)
+        self.is_needed = True
 
     def record(self, machine: str, at: Instant, kind: RowKind, event: object, commands: Sequence[object]) -> None:
         """One machine was told something and has answered; nothing was carried out yet."""

@@ -126,12 +126,12 @@ def known_instance(cluster: LiveCluster, name: str, param: str) -> InstanceId:
 def refuse_strangers(exchange: Exchange) -> None:
     """Raises `Problem` (403) unless the request came straight from this machine, and from no page."""
     if not exchange.is_from_here:
-        raise Problem(403, "instances are administered from the router's own machine only", code="not_local")
+        raise Problem(403, "this is for the router's own machine only", code="not_local")
     for name in _PASSED_ON:
         if exchange.request.header(name) is not None:
             raise Problem(
                 403,
-                "instances are administered directly, not through a proxy or a page in a browser",
+                "this is to be asked for directly, not through a proxy or by another page in a browser",
                 param=name.decode(),
                 code="not_local",
             )

@@ -10,6 +10,7 @@ import msgspec
 from rota.base.instant import Duration, to_seconds
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.frontdoor.admin import INSTANCES, REQUESTS, InstanceAdmin, RequestAdmin
+from rota.serving.frontdoor.board_page import STATE, UI, BoardPage, RouterBoard
 from rota.serving.frontdoor.http1 import Exchange, HttpLimits, HttpServer
 from rota.serving.frontdoor.instance_metrics import InstanceCollector
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
@@ -49,6 +50,7 @@ class FrontDoor:
         self._description = msgspec.json.encode(describe(self.server.limits))
         self._admin = InstanceAdmin(cluster, self._send)
         self._request_admin = RequestAdmin(cluster, self._send)
+        board = BoardPage(RouterBoard(cluster, watches).picture, self.count)
         cluster.moves.on_outcome = self.telemetry.migrated
         self._routes: dict[str, tuple[str, Callable[[Exchange], None]]] = {
             CHAT: ("POST", self._generate),
@@ -58,6 +60,8 @@ class FrontDoor:
             "/metrics": ("GET", self._metrics),
             "/openapi.json": ("GET", self._openapi),
             INSTANCES: ("GET", self._admin.answer),
+            UI: ("GET", board.page),
+            STATE: ("GET", board.state),
         }
 
     def _handle(self, exchange: Exchange) -> None:

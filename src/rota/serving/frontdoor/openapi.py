@@ -4,7 +4,9 @@ from typing import Any
 
 import msgspec
 
+from rota.serving.board.picture import Picture
 from rota.serving.frontdoor.admin import DRAIN, INSTANCES, MIGRATE, UNDRAIN
+from rota.serving.frontdoor.board_page import STATE, UI
 from rota.serving.frontdoor.bodies import Body, ContentPart, Message, MoveBody
 from rota.serving.frontdoor.http1 import HttpLimits
 
@@ -40,6 +42,8 @@ def describe(limits: HttpLimits) -> dict[str, Any]:
             },
             "/metrics": {"get": _page("metrics", "Prometheus text format", "text/plain", None)},
             "/openapi.json": {"get": _page("describe", "This description", _JSON, None)},
+            UI: {"get": _page("board", "What goes on now, as a page", "text/html", None, more=_administered("403"))},
+            STATE: {"get": _page("boardState", "The same as JSON", _JSON, "Picture", more=_administered("403"))},
             INSTANCES: {"get": _page("listInstances", "Every instance", _JSON, "Instances", more=_administered("403"))},
             DRAIN: {"post": _instance_change("drainInstance", "It takes nothing new, and finishes what it has")},
             UNDRAIN: {"post": _instance_change("undrainInstance", "It takes requests again, once it is well")},
@@ -110,7 +114,7 @@ def _move() -> dict[str, Any]:
 
 def _administered(*statuses: str) -> dict[str, Any]:
     texts = {
-        "403": "Instances are administered from the router's own machine, and not through a proxy or a browser",
+        "403": "This is for the router's own machine, and not through a proxy or a page of another site",
         "404": "There is no such instance, or no such request is under way",
     }
     return {status: {"description": texts[status], "content": {_JSON: {"schema": _ERROR}}} for status in statuses}
@@ -140,7 +144,7 @@ def _identity_headers() -> list[dict[str, Any]]:
 def _schemas() -> dict[str, Any]:
     # The structs that check a body also describe it, so that the two cannot differ.
     _, components = msgspec.json.schema_components(
-        [Body, Message, ContentPart, MoveBody], ref_template="#/components/schemas/{name}"
+        [Body, Message, ContentPart, MoveBody, Picture], ref_template="#/components/schemas/{name}"
     )
     common = components.pop("Body")["properties"]
     common["model"] = {**common["model"], "examples": ["simulated"]}

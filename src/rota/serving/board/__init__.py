@@ -1,0 +1,1 @@
+"""What goes on now, for people to look at: instances, tenants, classes, the last refusals."""
