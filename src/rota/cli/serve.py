@@ -11,6 +11,7 @@ import typer
 from rota.base.errors import ConfigError
 from rota.base.nearest import did_you_mean
 from rota.cli.flags import Json, Seed, at_least, at_least_zero, positive, writing
+from rota.cli.keys import Keys, Tenancy, tenancy
 from rota.cli.output import print_json, say
 from rota.cli.ray_engines import LOCAL, RayChoice, ray_choice
 from rota.cli.scale_flag import Scale, scaled
@@ -65,6 +66,7 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME=AMOUNT", help="On Ray: what else one engine takes of its node.")
     ] = None,
     await_nodes: Annotated[bool, typer.Option(help="On Ray: wait for nodes that an autoscaler will start.")] = False,
+    keys: Keys = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 8000,
     journal: Annotated[Path | None, typer.Option(help="Write events and decisions; for replay and explain.")] = None,
@@ -85,17 +87,18 @@ def serve(
     _check(kinds, on, port, stock)
     num = at_least("--instances", instances, 1)
     config, num = scaled(stack, scale, num, can_start=on == LOCAL and _kind(kinds[0]) != "url")
+    known = tenancy(keys, config, stack, run_dir)
     _run(
         kinds=kinds,
         num_instances=num,
-        stack_path=stack,
-        stack=config,
+        stack_path=known.stack_path,
+        stack=known.stack,
         model=model,
         stock=stock,
         options=engine_options(engine_option or []),
         hand_off=hand_off,
         profile=profile,
-        serving=_serving(host, port, drain, start_timeout),
+        serving=_serving(host, port, drain, start_timeout, known),
         journal_path=journal,
         journal_max_bytes=round(positive("--journal-max-mb", journal_max_mb) * 1e6),
         run_dir=run_dir,
@@ -153,7 +156,7 @@ def engine_options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _serving(host: str, port: int, drain: float, start_timeout: float) -> "ServeConfig":
+def _serving(host: str, port: int, drain: float, start_timeout: float, known: Tenancy) -> "ServeConfig":
     from rota.serving.frontdoor.serve import ServeConfig
 
     return ServeConfig(
@@ -161,6 +164,7 @@ def _serving(host: str, port: int, drain: float, start_timeout: float) -> "Serve
         port=port,
         drain_seconds=at_least_zero("--drain", drain),
         start_timeout_seconds=positive("--start-timeout", start_timeout),
+        keys=known.keys,
     )
 
 

@@ -25,6 +25,9 @@ TRACE = {
 }
 
 
+KEYS = {"new": Verb("rota.cli.keys:new", "Draw an API key, and write its hash into a file of keys")}
+
+
 VERBS = {
     "simulate": Verb("rota.cli.simulate:simulate", "Play a trace through simulated instances, in virtual time"),
     "compare": Verb(
@@ -34,6 +37,7 @@ VERBS = {
     "sweep": Verb("rota.cli.sweep:sweep", "Run all combinations of some parameters, on all cores or a cluster"),
     "serve": Verb("rota.cli.serve:serve", "Serve the OpenAI API in front of engines"),
     "top": Verb("rota.cli.top:top", "Look at what goes on: a router, a simulation as it runs, or a journal"),
+    "keys": Verb("", "API keys and their tenants, for `rota serve --keys`", KEYS),
     "deploy": Verb("rota.cli.deploy:deploy", "Write a Ray cluster file, or a RayService for Kubernetes"),
     "bench": Verb("rota.cli.bench:bench", "Load any OpenAI-compatible server, open loop, and measure it"),
     "calibrate": Verb("rota.cli.calibrate:calibrate", "Fit step times to a live engine, with their error inside"),

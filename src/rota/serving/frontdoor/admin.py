@@ -123,6 +123,11 @@ def known_instance(cluster: LiveCluster, name: str, param: str) -> InstanceId:
     return instance_id
 
 
+def is_straight_from_here(exchange: Exchange) -> bool:
+    """Whether a request came from this machine, with nothing in between that says so."""
+    return exchange.is_from_here and not any(exchange.request.header(name) is not None for name in _PASSED_ON)
+
+
 def refuse_strangers(exchange: Exchange) -> None:
     """Raises `Problem` (403) unless the request came straight from this machine, and from no page."""
     if not exchange.is_from_here:

@@ -9,11 +9,12 @@ import msgspec
 
 from rota.base.instant import Duration, to_seconds
 from rota.serving.engines.engine import EngineCall, Headers
-from rota.serving.frontdoor.admin import INSTANCES, REQUESTS, InstanceAdmin, RequestAdmin
+from rota.serving.frontdoor.admin import INSTANCES, REQUESTS, InstanceAdmin, RequestAdmin, is_straight_from_here
 from rota.serving.frontdoor.board_page import STATE, UI, BoardPage, RouterBoard
 from rota.serving.frontdoor.http1 import Exchange, HttpLimits, HttpServer
 from rota.serving.frontdoor.instance_metrics import InstanceCollector
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
+from rota.serving.frontdoor.keys import AUTHORIZATION, KeyRing
 from rota.serving.frontdoor.openapi import describe
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.frontdoor.telemetry import Telemetry
@@ -24,6 +25,7 @@ from rota.serving.model.instance import InstanceId
 
 _log = logging.getLogger(__name__)
 _JSON: Headers = [(b"content-type", b"application/json")]
+_KEYED = (CHAT, COMPLETIONS, "/v1/models")
 _TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
 SHUTTING_DOWN = "the router is shutting down"
 """The reason given for requests that a stopping router does not finish."""
@@ -40,12 +42,16 @@ class FrontDoor:
         limits: HttpLimits | None = None,
         default_max_tokens: int = 1024,
         resume: bool = True,
+        keys: KeyRing | None = None,
     ) -> None:
+        """With `keys` nobody is served without one."""
         self.cluster = cluster
         self.watches = watches
         self.telemetry = Telemetry()
         self.telemetry.registry.register(InstanceCollector(cluster, watches))
-        self.server = HttpServer(self._handle, limits=limits, refused=self._refused)
+        self._keys = keys
+        check_head = None if keys is None else self._check_head
+        self.server = HttpServer(self._handle, limits=limits, refused=self._refused, check_head=check_head)
         self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens, resume=resume)
         self._description = msgspec.json.encode(describe(self.server.limits))
         self._admin = InstanceAdmin(cluster, self._send)
@@ -106,18 +112,36 @@ class FrontDoor:
         known = path if path in self._routes else next(below, "other")
         self.telemetry.answered(known, status)
 
+    # --- keys --------------------------------------------------------------------------------------------------------
+
+    def _check_head(self, path: str, headers: Headers) -> None:
+        """Raises `Problem` before the body of a stranger is read. What needs no key reads no body."""
+        if self._keys is not None and path in _KEYED:
+            self._keys.identify(headers)
+
+    def _is_operator(self, exchange: Exchange) -> bool:
+        """Whether an exchange may see what the tenants share: where there are no keys everybody may, else who asks
+        straight from this machine, or with the key of an operator. Raises `Problem` (401) for a key that is unknown."""
+        if self._keys is None:
+            return True
+        if exchange.request.header(AUTHORIZATION) is not None:
+            return self._keys.identify(exchange.request.headers).operator
+        return is_straight_from_here(exchange)
+
     # --- endpoints ---------------------------------------------------------------------------------------------------
 
     def _generate(self, exchange: Exchange) -> None:
         if self.server.draining:
             raise Problem(503, SHUTTING_DOWN, code="shutting_down", retry_after_seconds=5)
-        call = self._intake.read(exchange.request, self.cluster.loop.now())
+        holder = None if self._keys is None else self._keys.identify(exchange.request.headers)
+        call = self._intake.read(exchange.request, self.cluster.loop.now(), holder)
         self.telemetry.prompt_tokens.inc(call.request.num_prompt_tokens)
         client = _Conversation(self, exchange, call)
         exchange.listener = client
         self.cluster.submit(call, client)
 
     def _models(self, exchange: Exchange) -> None:
+        self._check_head(exchange.request.path, exchange.request.headers)
         merged: dict[object, dict[str, object]] = {}
         for instance_id, status in sorted(self.cluster.statuses.items()):
             if instance_id in self.cluster.drained:
@@ -134,13 +158,14 @@ class FrontDoor:
             instances[watch.engine.id] = {"ready": is_ready, "why_not": why_not}
         num_ready = sum(instance["ready"] is True for instance in instances.values())
         healthy = num_ready > 0 and not self.server.draining
-        self._send(
-            exchange,
-            200 if healthy else 503,
-            {"status": "ok" if healthy else "unavailable", "num_ready": num_ready, "instances": instances},
-        )
+        told: dict[str, object] = {"status": "ok" if healthy else "unavailable", "num_ready": num_ready}
+        if self._is_operator(exchange):
+            told["instances"] = instances
+        self._send(exchange, 200 if healthy else 503, told)
 
     def _metrics(self, exchange: Exchange) -> None:
+        if not self._is_operator(exchange):
+            raise Problem(403, "metrics are for this machine and for the keys of operators", code="not_granted")
         self.telemetry.unfinished.set(len(self.cluster.flights))
         self.count(exchange, 200)
         exchange.respond(200, _TEXT, self.telemetry.page())

@@ -296,6 +296,12 @@ class HttpConnection(asyncio.Protocol):
         if self._num_head_bytes > self._limits.max_head_bytes and self._head_bytes() > self._limits.max_head_bytes:
             self._problem = self._head_too_large()
             return
+        if self._server.check_head is not None:
+            try:
+                self._server.check_head(self._server.path_of(self._url), self._headers)
+            except Problem as problem:
+                self._problem = problem
+                return
         for name, value in self._headers:
             if name == b"content-length" and int(value) > self._limits.max_body_bytes:
                 self._problem = self._body_too_large()
@@ -379,9 +385,10 @@ class HttpConnection(asyncio.Protocol):
         self.waiting_since = time.monotonic()
         body = problem.body()
         self._server.refused(problem)
+        headers = b"".join(b"%b: %b\r\n" % header for header in problem.headers())
         self.transport.write(
-            b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (problem.status, _REASONS.get(problem.status, b""), len(body), body)
+            b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\nconnection: close\r\n\r\n%b"
+            % (problem.status, _REASONS.get(problem.status, b""), headers, len(body), body)
         )
         # Half-closed, and read on for a while: a reset would destroy the answer under a client that still sends.
         if self.transport.can_write_eof():
@@ -424,10 +431,13 @@ class HttpServer:
         *,
         limits: HttpLimits | None = None,
         refused: Callable[[Problem], None] = lambda problem: None,
+        check_head: Callable[[str, Headers], None] | None = None,
     ) -> None:
+        """`check_head` sees path and headers before a body is read, and may raise `Problem`."""
         self.handle = handle
         self.limits = limits or HttpLimits()
         self.refused = refused
+        self.check_head = check_head
         self.draining = False
         """Connections close as soon as they have nothing under way."""
         self.port = 0

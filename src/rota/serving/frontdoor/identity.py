@@ -24,7 +24,7 @@ from rota.serving.model.request import SLO
 
 PRIORITY_HEADER = b"x-vllm-priority"
 REQUEST_ID_HEADER = b"x-request-id"
-_TENANT = b"x-gateway-inference-fairness-id"
+TENANT_HEADER = b"x-gateway-inference-fairness-id"
 _OBJECTIVE = b"x-gateway-inference-objective"
 _SESSION = b"x-session-id"
 _DYNAMO_SESSION = b"x-dynamo-session-id"
@@ -35,7 +35,7 @@ _KNOWN = frozenset(
     {
         PRIORITY_HEADER,
         REQUEST_ID_HEADER,
-        _TENANT,
+        TENANT_HEADER,
         _OBJECTIVE,
         _SESSION,
         _DYNAMO_SESSION,
@@ -61,6 +61,8 @@ class Identity(NamedTuple):
     program: str | None = None
     slo: SLO = SLO()
     client_request_id: str | None = None
+    priority_header: str = ""
+    """Which header the class came by, if it came by one."""
 
 
 NOBODY = Identity()
@@ -78,11 +80,12 @@ def read_identity(headers: Headers) -> Identity:
         return NOBODY
     return Identity(
         priority=_priority(found),
-        tenant=_name(found, _TENANT),
+        tenant=_name(found, TENANT_HEADER),
         session=_name(found, _SESSION) or _name(found, _DYNAMO_SESSION),
         program=_name(found, _PROGRAM),
         slo=SLO(ttft=_target(found, _TTFT), tpot=_target(found, _TPOT)),
         client_request_id=_name(found, REQUEST_ID_HEADER),
+        priority_header=(_OBJECTIVE if _OBJECTIVE in found else PRIORITY_HEADER).decode(),
     )
 
 

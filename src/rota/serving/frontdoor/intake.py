@@ -3,8 +3,10 @@
 from rota.base.instant import Instant
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.frontdoor import bodies, prompts
+from rota.serving.frontdoor.claims import check_class, check_identity, granted_body, granted_salt
 from rota.serving.frontdoor.http1 import HttpRequest
 from rota.serving.frontdoor.identity import PRIORITY_HEADER, REQUEST_ID_HEADER, Identity, read_identity
+from rota.serving.frontdoor.keys import AUTHORIZATION, KeyHolder
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.frontdoor.travel import chat_travels, completion_travels
 from rota.serving.model.request import DEFAULT_TENANT, ProgramId, Request, RequestId, TenantId
@@ -36,6 +38,9 @@ _NOT_FORWARDED = frozenset(
         REQUEST_ID_HEADER,
     }
 )
+_NOT_PAST_KEYS = _NOT_FORWARDED | {AUTHORIZATION, b"cookie", b"x-data-parallel-rank"}
+"""Where keys are asked for: the key stays here, and which part of an engine serves a request is not the client's
+choice."""
 
 
 class Intake:
@@ -50,11 +55,15 @@ class Intake:
         self._resume = resume
         self._num_requests = 0
 
-    def read(self, http: HttpRequest, now: Instant) -> EngineCall:
-        """Check a request to one of the two endpoints. Raises `Problem`, which names what is wrong."""
+    def read(self, http: HttpRequest, now: Instant, holder: KeyHolder | None = None) -> EngineCall:
+        """Check a request to one of the two endpoints. With a `holder` the tenant is that of its key, and what the
+        request claims beyond it is refused. Raises `Problem`, which names what is wrong."""
         _check_media_type(http)
         bodies.check_encoding(http.body)
         identity = read_identity(http.headers)
+        if holder is not None:
+            check_identity(holder, identity)
+            identity = identity._replace(tenant=holder.tenant)
         body: bodies.Body
         movable = False
         if http.path == CHAT:
@@ -71,18 +80,27 @@ class Intake:
             max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
             if body.stream and self._resume:
                 movable = completion_travels(http.body, parsed)
+        priority, salt, raw = _priority(identity, body), body.cache_salt, http.body
+        session, program = _session(identity, body), _program(identity, body)
+        if holder is not None:
+            check_class(holder, identity, priority)
+            salt = granted_salt(holder, salt)
+            raw = granted_body(raw, holder, salt)
+            # Two tenants may use one name for different things.
+            session = None if session is None else f"{holder.tenant}/{session}"
+            program = None if program is None else ProgramId(f"{holder.tenant}/{program}")
         request = Request(
             id=self._request_id(identity),
             arrived_at=now,
             num_prompt_tokens=num_tokens,
             max_tokens=int(max_tokens),
-            priority=_priority(identity, body),
+            priority=priority,
             tenant=TenantId(identity.tenant) if identity.tenant else DEFAULT_TENANT,
-            program=_program(identity, body),
-            session=_session(identity, body),
+            program=program,
+            session=session,
             slo=identity.slo,
             block_hashes=prompts.block_hashes(
-                prompt, num_tokens, (body.model or "").encode(), (body.cache_salt or "").encode(), tools
+                prompt, num_tokens, (body.model or "").encode(), (salt or "").encode(), tools
             ),
             hash_block_tokens=prompts.TOKENS_PER_BLOCK,
             movable=movable,
@@ -90,8 +108,8 @@ class Intake:
         return EngineCall(
             request=request,
             path=http.path,
-            headers=_forwarded(http.headers, request, identity),
-            body=http.body,
+            headers=_forwarded(http.headers, request, identity, _NOT_FORWARDED if holder is None else _NOT_PAST_KEYS),
+            body=raw,
             stream=bool(body.stream),
         )
 
@@ -127,8 +145,7 @@ def _program(identity: Identity, body: bodies.Body) -> ProgramId | None:
     return ProgramId(program) if program else None
 
 
-def _forwarded(headers: Headers, request: Request, identity: Identity) -> Headers:
-    dropped = _NOT_FORWARDED
+def _forwarded(headers: Headers, request: Request, identity: Identity, dropped: frozenset[bytes]) -> Headers:
     named = [value for name, value in headers if name == b"connection"]
     if named:  # A client may name further headers of the connection.
         names = b",".join(named).lower().split(b",")

@@ -56,6 +56,8 @@ def describe(limits: HttpLimits) -> dict[str, Any]:
 def _generation(operation: str, body: str, limits: HttpLimits) -> dict[str, Any]:
     problems = {
         "400": "The request is malformed; `param` names the field or header",
+        "401": "The router serves who has an API key, and none that is known was given",
+        "403": "The key does not grant what `param` names",
         "413": f"The body exceeds {limits.max_body_bytes} bytes",
         "415": "The body is not JSON",
         "429": "A limit of the client's own",

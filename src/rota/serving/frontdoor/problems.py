@@ -37,6 +37,8 @@ class Problem(Exception):
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers of the answer."""
         headers = [(b"content-type", b"application/json")]
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
         if self.retry_after_seconds is not None:
             headers.append((b"retry-after", b"%d" % self.retry_after_seconds))
         return headers

@@ -15,6 +15,7 @@ from rota.serving.engines.engine import Engine, SupervisedEngine
 from rota.serving.engines.vllm.engine import VllmEngine
 from rota.serving.frontdoor.app import SHUTTING_DOWN, FrontDoor
 from rota.serving.frontdoor.http1 import HttpLimits
+from rota.serving.frontdoor.keys import KeyFile, KeyRing
 from rota.serving.frontdoor.scaling import Scaling
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.fleet import Fleet
@@ -38,6 +39,8 @@ class ServeConfig(msgspec.Struct, frozen=True):
     """After how much silence an engine is taken to hang; None is never."""
     default_max_tokens: int = 1024
     """What policies are told where a client sets no limit."""
+    keys: KeyFile | None = None
+    """Who may ask; None lets everybody."""
     resume: bool = True
     """Whether streams are followed event by event where they can then go on at another engine."""
     http: HttpLimits = HttpLimits()
@@ -67,6 +70,7 @@ class Router:
             limits=config.http,
             default_max_tokens=config.default_max_tokens,
             resume=config.resume,
+            keys=None if config.keys is None else KeyRing(config.keys),
         )
         self._watching: dict[InstanceId, asyncio.Task[None]] = {}
         self._started: list[Engine] = []
