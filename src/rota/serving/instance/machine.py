@@ -14,11 +14,11 @@ from rota.serving.instance.ledger import BlockLedger
 from rota.serving.instance.moving import Moving, MovingEvent, in_order_of_admission
 from rota.serving.instance.sequence import Sequence
 from rota.serving.instance.steady import SteadyPass
-from rota.serving.instance.waiting import WaitingQueue
 from rota.serving.model.commands import EVERYBODY, REASONS_MAX, Grant, InstanceCommand, Reason, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import WAITING_REPORTED_MAX, InstanceLimits, SequenceReport
 from rota.serving.model.request import RequestId
+from rota.serving.waiting import WaitingQueue
 
 REPLANS_MAX = 64
 """Passes in a row that may preempt without granting anything before the machine calls it starvation."""
@@ -67,7 +67,7 @@ class InstanceMachine:
         self.limits = limits
         self.now = Instant(0)
         self.running: list[Sequence] = []
-        self.waiting = WaitingQueue()
+        self.waiting: WaitingQueue[Sequence] = WaitingQueue()
         self._order = order
         self._batch = batch
         self._memory = memory

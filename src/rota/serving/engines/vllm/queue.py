@@ -9,7 +9,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from rota.base.errors import PolicyError
 from rota.serving.api import Cursor, EngineView, OnRefusal, OrderPolicy, Pool, Refusal, SequenceView
 from rota.serving.engines.vllm.views import VllmSequence
-from rota.serving.instance.waiting import WaitingQueue
+from rota.serving.waiting import WaitingQueue
 
 
 class PolicyQueue(RequestQueue):

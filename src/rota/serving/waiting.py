@@ -1,21 +1,37 @@
-"""The waiting queue, as a whole, by class, and by tenant within a class."""
+"""The waiting queue of an instance or of the router: as a whole, by class, and by tenant within a class."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
-from rota.serving.instance.sequence import Sequence
 from rota.serving.model.request import RequestId, TenantId
 
-_Queue = OrderedDict[RequestId, Sequence]
+
+class Queued(Protocol):
+    """Who can wait."""
+
+    queue_position: int
+    """Set by the queue: lower stands nearer the front."""
+
+    @property
+    def id(self) -> RequestId: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def tenant(self) -> TenantId: ...
 
 
-class WaitingQueue:
+Q = TypeVar("Q", bound=Queued)
+_Queue: TypeAlias = OrderedDict[RequestId, Q]
+
+
+class WaitingQueue(Generic[Q]):
     """Sequences in queue order: new ones at the end, preempted ones at the front. All operations are O(1) but walks."""
 
     def __init__(self) -> None:
-        self._all: _Queue = OrderedDict()
-        self._by_priority: dict[int, _Queue] = {}
-        self._by_tenant: dict[int, dict[TenantId, _Queue]] | None = None
+        self._all: _Queue[Q] = OrderedDict()
+        self._by_priority: dict[int, _Queue[Q]] = {}
+        self._by_tenant: dict[int, dict[TenantId, _Queue[Q]]] | None = None
         """Kept from the moment at which somebody asks for tenants: most policies never do."""
         self._front = 0
         self._back = 0
@@ -23,22 +39,22 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._all)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Q]:
         return iter(self._all.values())
 
     def priorities(self) -> list[int]:
         return sorted(self._by_priority)
 
-    def of_priority(self, priority: int) -> Iterator[Sequence]:
+    def of_priority(self, priority: int) -> Iterator[Q]:
         return iter(self._by_priority[priority].values())
 
     def tenants(self, priority: int) -> Iterator[TenantId]:
         return iter(self._tenants().get(priority, ()))
 
-    def of_tenant(self, priority: int, tenant: TenantId) -> Iterator[Sequence]:
+    def of_tenant(self, priority: int, tenant: TenantId) -> Iterator[Q]:
         return iter(self._tenants()[priority][tenant].values())
 
-    def append(self, sequence: Sequence) -> None:
+    def append(self, sequence: Q) -> None:
         """Put a new sequence at the end."""
         self._back += 1
         sequence.queue_position = self._back
@@ -47,7 +63,7 @@ class WaitingQueue:
         if self._by_tenant is not None:
             self._queue_of(self._by_tenant, sequence)[sequence.id] = sequence
 
-    def prepend(self, sequence: Sequence) -> None:
+    def prepend(self, sequence: Q) -> None:
         """Put a preempted sequence at the front."""
         self._front -= 1
         sequence.queue_position = self._front
@@ -61,7 +77,7 @@ class WaitingQueue:
             queue[sequence.id] = sequence
             queue.move_to_end(sequence.id, last=False)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Q) -> None:
         """Take a sequence out, wherever it stands."""
         del self._all[sequence.id]
         queue = self._by_priority[sequence.priority]
@@ -77,7 +93,7 @@ class WaitingQueue:
             if not tenants:
                 del self._by_tenant[sequence.priority]
 
-    def _tenants(self) -> dict[int, dict[TenantId, _Queue]]:
+    def _tenants(self) -> dict[int, dict[TenantId, _Queue[Q]]]:
         if self._by_tenant is None:
             self._by_tenant = {}
             for sequence in self._all.values():
@@ -85,5 +101,5 @@ class WaitingQueue:
         return self._by_tenant
 
     @staticmethod
-    def _queue_of(tenants: dict[int, dict[TenantId, _Queue]], sequence: Sequence) -> _Queue:
+    def _queue_of(tenants: dict[int, dict[TenantId, _Queue[Q]]], sequence: Q) -> _Queue[Q]:
         return tenants.setdefault(sequence.priority, {}).setdefault(sequence.tenant, OrderedDict())
