@@ -12,8 +12,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from rota.base.instant import Duration, Instant
-from rota.serving.api import Capability, Move
+from rota.base.instant import Duration, Instant, to_seconds
+from rota.serving.api import Capability, Move, QueueRules
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.migration import MigrationLimits
 from rota.serving.model.commands import (
@@ -118,7 +118,7 @@ class MigrationRules(RuleBasedStateMachine):
             LeastOutstandingTokens(),
             BoundedQueue(),
             max_attempts=MAX_ATTEMPTS,
-            hold_timeout=Duration(HOLD),
+            queue=QueueRules(timeout_seconds=to_seconds(HOLD)),
             migration=self.wishes,
             migration_limits=LIMITS,
             max_resumptions=MAX_RESUMPTIONS,

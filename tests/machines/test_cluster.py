@@ -15,8 +15,8 @@ from hypothesis.stateful import (
 from tests.machines.hunting import hunt
 
 from rota.base.errors import LawBroken
-from rota.base.instant import Duration, Instant
-from rota.serving.api import Admission, Pick
+from rota.base.instant import Duration, Instant, to_seconds
+from rota.serving.api import Admission, Pick, QueueRules
 from rota.serving.cluster.ledger import InstanceLedger
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.prefix_index import PrefixIndex
@@ -74,8 +74,7 @@ class ClusterRules(RuleBasedStateMachine):
             PrefixThenLoad(balance_absolute=2),
             AdmitSome(),
             max_attempts=MAX_ATTEMPTS,
-            max_queued=MAX_QUEUED,
-            hold_timeout=HOLD,
+            queue=QueueRules(max_held=MAX_QUEUED, timeout_seconds=to_seconds(HOLD)),
             prefix_index=PrefixIndex(max_entries=60),
             num_recent=10_000,
         )

@@ -4,7 +4,7 @@ import pytest
 
 from rota.base.errors import ConfigError, LawBroken, PolicyError
 from rota.base.instant import Instant, milliseconds, seconds
-from rota.serving.api import Admission, InstanceId, Pick, Request, RequestId
+from rota.serving.api import Admission, InstanceId, Pick, QueueRules, Request, RequestId
 from rota.serving.cluster.lifecycles import INSTANCE_LIFECYCLE, REQUEST_LIFECYCLE
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.prefix_index import PrefixIndex
@@ -120,7 +120,7 @@ def test_a_held_request_that_turns_out_to_fit_nowhere_is_refused_when_the_first_
 
 
 def test_a_request_is_held_for_a_time_and_then_refused():
-    cluster = Cluster(hold_timeout=seconds(2), retry_after=seconds(7))
+    cluster = Cluster(queue=QueueRules(timeout_seconds=2.0), retry_after=seconds(7))
     cluster.feed(arrived())
     deadline = cluster.machine.next_deadline()
     assert deadline == cluster.now + seconds(2)
@@ -131,7 +131,7 @@ def test_a_request_is_held_for_a_time_and_then_refused():
 
 
 def test_the_queue_is_bounded():
-    cluster = Cluster(max_queued=2)
+    cluster = Cluster(queue=QueueRules(max_held=2))
     assert is_held(cluster.feed(arrived("one")))
     assert is_held(cluster.feed(arrived("two")))
     (reject,) = cluster.feed(arrived("three"))
@@ -167,7 +167,7 @@ def test_what_cannot_be_retried_fails(before, retryable, reason):
 
 
 def test_a_retry_without_an_instance_waits_beyond_the_bound_of_the_queue_and_fails_in_the_end():
-    cluster = Cluster(A, max_queued=0)
+    cluster = Cluster(A, queue=QueueRules(max_held=0))
     cluster.feed(arrived())
     cluster.feed(InstanceLost(A, "killed"))
     assert is_held(cluster.feed(RequestFailed(R, A, "killed")))
@@ -333,7 +333,13 @@ def test_only_so_many_ended_requests_are_remembered():
     assert isinstance(cluster.feed(arrived("one"))[0], Dispatch)
 
 
-@pytest.mark.parametrize("option", ["max_attempts", "max_queued"])
+@pytest.mark.parametrize("option", ["max_held", "max_outstanding_per_instance", "timeout_seconds"])
+def test_bad_rules_of_the_queue_are_named(option):
+    with pytest.raises(ValueError, match=option):
+        QueueRules(**{option: -1})
+
+
+@pytest.mark.parametrize("option", ["max_attempts", "max_resuming_per_instance"])
 def test_bad_options_are_named(option):
     with pytest.raises(ConfigError, match=option):
         Cluster(**{option: -1})

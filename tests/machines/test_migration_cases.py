@@ -4,7 +4,7 @@ import pytest
 
 from rota.base.errors import ConfigError, PolicyError
 from rota.base.instant import Duration, Instant, milliseconds, seconds
-from rota.serving.api import Capability, InstanceId, Move, Request, RequestId, SequenceReport
+from rota.serving.api import Capability, InstanceId, Move, QueueRules, Request, RequestId, SequenceReport
 from rota.serving.cluster.lifecycles import MIGRATION_LIFECYCLE
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.migration import Cause, Dropped, MigrationLimits
@@ -425,7 +425,7 @@ def test_only_engines_that_can_go_on_are_asked_to():
 
 
 def test_those_who_come_back_do_not_melt_the_rest():
-    cluster = Cluster(A, max_resuming_per_instance=2, max_queued=0)
+    cluster = Cluster(A, max_resuming_per_instance=2, queue=QueueRules(max_held=0))
     ids = ["urgent", "one", "two", "three", "four"]
     for request_id in ids:
         cluster.run(request_id, priority=-1 if request_id == "urgent" else 0)
@@ -470,7 +470,7 @@ def test_waiting_with_the_rest_would_be_noticed(monkeypatch):
 
 
 def test_one_who_is_held_too_long_fails():
-    cluster = Cluster(A, hold_timeout=seconds(1))
+    cluster = Cluster(A, queue=QueueRules(timeout_seconds=1.0))
     cluster.run()
     cluster.feed(InstanceLost(A))
     cluster.feed(RequestFailed(R, A, "lost", num_output_tokens=1))

@@ -125,6 +125,8 @@ def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
         migration=policies.migration,
         scaling=policies.scaling,
         fleet=stack.fleet,
+        queue=stack.queue,
+        order=policies.order,
     )
 
 

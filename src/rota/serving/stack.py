@@ -33,6 +33,7 @@ from rota.serving.api import (
     MemoryPolicy,
     MigrationPolicy,
     OrderPolicy,
+    QueueRules,
     ScalingPolicy,
 )
 from rota.serving.policies.admission import ADMISSION
@@ -81,6 +82,8 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scaling: str = "none"
     fleet: FleetRules = FleetRules()
     """Bounds of whatever scales."""
+    queue: QueueRules = QueueRules()
+    """How much an instance is given at once, and how the rest waits at the router: in the order of `order`."""
     demand: str = "holt_winters"
     """What a scaling policy that forecasts is given to forecast with."""
     parameters: Parameters = Parameters()
@@ -103,6 +106,8 @@ class ClusterPolicies:
     admission: AdmissionPolicy
     migration: MigrationPolicy
     scaling: ScalingPolicy
+    order: OrderPolicy | None
+    """Of the router's queue; None where it holds only what no instance can take."""
 
 
 def load_stack(path: str | Path | None) -> StackConfig:
@@ -128,6 +133,7 @@ def cluster_policies(config: StackConfig, streams: RandomStreams) -> ClusterPoli
         admission=_create("admission", config, {}),
         migration=_create("migration", config, {}),
         scaling=_create("scaling", config, _predictor_of(config)),
+        order=_create("order", config, {}) if config.queue.max_outstanding_per_instance else None,
     )
 
 

@@ -35,6 +35,7 @@ from rota.serving.api.views import (
 from rota.serving.model.capabilities import EVERYTHING, NOTHING, Capability, EngineCapabilities
 from rota.serving.model.fleet import FleetRules, StartOffer, StartSource
 from rota.serving.model.instance import InstanceId, InstanceLimits, Role, SequenceReport
+from rota.serving.model.queueing import QueueRules
 from rota.serving.model.request import SLO, ProgramId, Request, RequestId, TenantId
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "Pick",
     "Pool",
     "ProgramId",
+    "QueueRules",
     "Refusal",
     "Request",
     "RequestId",

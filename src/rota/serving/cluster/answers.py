@@ -26,7 +26,7 @@ from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request, RequestId
 
 
-class _Asked:
+class Asked:
     """One question to a policy. What it raises, but for errors of ours, becomes a `PolicyError`."""
 
     __slots__ = ("_about", "_policy")
@@ -35,7 +35,7 @@ class _Asked:
         self._policy = policy
         self._about = about
 
-    def __enter__(self) -> "_Asked":
+    def __enter__(self) -> "Asked":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -53,7 +53,7 @@ def ask_admission(
     policy: AdmissionPolicy, request: Request, ready: Sequence[InstanceView], num_unfinished: int, now: Instant
 ) -> Admission:
     """Whether a request may enter. A refusal has a reason."""
-    with _Asked(policy, f"request {request.id}") as asked:
+    with Asked(policy, f"request {request.id}") as asked:
         admission = policy.admit(request, ClusterReading(now, ready), num_unfinished)
     if not admission.admitted and not admission.reason:
         raise asked.broken("refused without a reason (law 11)")
@@ -62,7 +62,7 @@ def ask_admission(
 
 def ask_dispatch(policy: DispatchPolicy, request: Request, candidates: Sequence[InstanceView], now: Instant) -> Pick:
     """Which of the candidates a request goes to."""
-    with _Asked(policy, f"request {request.id}") as asked:
+    with Asked(policy, f"request {request.id}") as asked:
         pick = policy.pick(request, ClusterReading(now, candidates))
     _check_pick(asked, pick, candidates)
     return pick
@@ -74,7 +74,7 @@ def ask_decode(
     """Where a request decodes whose first token has come. Without a ready instance it stays, and nobody is asked."""
     if not ready:
         return Pick(at, "no instance is ready")
-    with _Asked(policy, f"where request {request.id} decodes") as asked:
+    with Asked(policy, f"where request {request.id} decodes") as asked:
         pick = policy.pick_decode(request, at, ClusterReading(now, ready))
     if pick.instance_id != at:
         _check_pick(asked, pick, ready)
@@ -83,7 +83,7 @@ def ask_decode(
 
 def ask_flip(policy: RoleFlipper, ready: Sequence[InstanceView], now: Instant) -> Flip | None:
     """Which of the ready instances should have another role, if any."""
-    with _Asked(policy, "roles") as asked:
+    with Asked(policy, "roles") as asked:
         flip = policy.flip(ClusterReading(now, ready))
     if flip is not None and not any(view.id == flip.instance_id for view in ready):
         offered = ", ".join(view.id for view in ready)
@@ -95,11 +95,11 @@ def ask_flip(policy: RoleFlipper, ready: Sequence[InstanceView], now: Instant) -
 
 def tell_end(policy: EndObserver, request: Request, num_output_tokens: int | None) -> None:
     """A request ended, with so many output tokens if that is known."""
-    with _Asked(policy, f"the end of request {request.id}"):
+    with Asked(policy, f"the end of request {request.id}"):
         policy.request_ended(request, num_output_tokens)
 
 
-def _check_pick(asked: _Asked, pick: Pick, candidates: Sequence[InstanceView]) -> None:
+def _check_pick(asked: Asked, pick: Pick, candidates: Sequence[InstanceView]) -> None:
     for picked in (pick.instance_id, pick.decode_at):
         if picked is not None and not any(view.id == picked for view in candidates):
             offered = ", ".join(view.id for view in candidates)
@@ -112,7 +112,7 @@ def ask_migration(
     policy: MigrationPolicy, shown: Sequence[InstanceView], moving: Set[RequestId], now: Instant
 ) -> Sequence[Move]:
     """The moves to begin now, between instances that were shown. Whether they can be begun is not looked at here."""
-    with _Asked(policy, "what to move") as asked:
+    with Asked(policy, "what to move") as asked:
         moves = list(policy.plan(ClusterReading(now, shown), moving))
     ids = {view.id for view in shown}
     for move in moves:
@@ -128,7 +128,7 @@ def ask_migration(
 
 def ask_scaling(policy: ScalingPolicy, fleet: FleetView) -> Sequence[Start | Stop]:
     """What to start and to stop now. Whether the rules of the fleet allow it is not looked at here."""
-    with _Asked(policy, "how many instances there should be") as asked:
+    with Asked(policy, "how many instances there should be") as asked:
         wishes = list(policy.plan(fleet))
     ids = {view.id for view in fleet.instances}
     for wish in wishes:

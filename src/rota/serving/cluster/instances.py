@@ -10,14 +10,15 @@ from rota.serving.cluster.lifecycles import InstanceState, RequestState
 from rota.serving.cluster.prefix_index import PrefixIndex
 from rota.serving.cluster.tracked import TrackedRequest
 from rota.serving.model.capabilities import Capability
-from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec
+from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceReport, InstanceSpec
 from rota.serving.model.request import RequestId
 
 
 class InstanceBook:
     """One ledger for each instance, from its first start until it is forgotten."""
 
-    def __init__(self, prefix_index: PrefixIndex | None) -> None:
+    def __init__(self, prefix_index: PrefixIndex | None, max_outstanding: int | None = None) -> None:
+        """With `max_outstanding`, an instance that has so many requests takes no more."""
         self.ledgers: dict[InstanceId, InstanceLedger] = {}
         self.ready: tuple[InstanceLedger, ...] = ()
         """By id, as are all below."""
@@ -31,6 +32,7 @@ class InstanceBook:
         self._max_prompt_everywhere = 0
         """Prompt tokens that every ready instance can take."""
         self._prefix_index = prefix_index
+        self._max_outstanding = max_outstanding
 
     def start(self, spec: InstanceSpec, now: Instant) -> None:
         """An instance is ready, for the first time or again, with nothing cached."""
@@ -83,7 +85,7 @@ class InstanceBook:
         if tracked.instance_id is not None:
             ledger = self.ledgers[tracked.instance_id]
             tracked.instance_id = None
-            self.is_place_free |= ledger.credit(tracked.request)
+            self.is_place_free |= ledger.credit(tracked.request) or self._max_outstanding is not None
             self.forget_if_over(ledger)
 
     def book(self, tracked: TrackedRequest, instance_id: InstanceId) -> None:
@@ -130,15 +132,46 @@ class InstanceBook:
         One that goes on after some tokens fits where all of its tokens do, the engine can do that, and fewer than
         `max_resuming` like it are waited for."""
         num_tokens = tracked.num_tokens
-        if num_tokens <= self._max_prompt_everywhere and not tracked.failures:
+        ready: Sequence[InstanceLedger] = self.ready
+        if self._max_outstanding is not None:
+            ready = [ledger for ledger in ready if ledger.num_outstanding_requests < self._max_outstanding]
+        elif num_tokens <= self._max_prompt_everywhere and not tracked.failures:
             return self.ready_views
-        fitting = [ledger for ledger in self.ready if num_tokens <= ledger.max_prompt_tokens]
+        fitting = [ledger for ledger in ready if num_tokens <= ledger.max_prompt_tokens]
         if tracked.num_resumptions:
             able = [each for each in fitting if Capability.RESUME_FROM_TOKENS in each.spec.capabilities]
             fitting = [ledger for ledger in able if ledger.num_resuming < max_resuming]
         failed = {instance_id for instance_id, _ in tracked.failures}
         views = [ledger.view for ledger in fitting]
         return [view for view in views if view.id not in failed] or views
+
+    @property
+    def has_place(self) -> bool:
+        """Whether some ready instance may be given a request more."""
+        limit = self._max_outstanding
+        return limit is None or any(ledger.num_outstanding_requests < limit for ledger in self.ready)
+
+    @property
+    def limits(self) -> InstanceLimits:
+        """Of the ready instance that has most room; one block where none is ready."""
+        all_limits = (ledger.spec.limits for ledger in self.ready)
+        return max(all_limits, key=lambda limits: limits.num_blocks, default=InstanceLimits(num_blocks=1))
+
+    def is_full_for(self, tracked: TrackedRequest) -> bool:
+        """Whether some ready instance could take the request, had it not as many as it may have."""
+        fits = (ledger for ledger in self.ready if tracked.num_tokens <= ledger.max_prompt_tokens)
+        return self._max_outstanding is not None and any(
+            ledger.num_outstanding_requests >= self._max_outstanding for ledger in fits
+        )
+
+    def why_none(self, tracked: TrackedRequest) -> str:
+        """Why no instance can take the request."""
+        if not self.ready:
+            return "none is ready"
+        if self.is_full_for(tracked):
+            return f"each of {len(self.ready)} has {self._max_outstanding} requests"
+        what = f"{tracked.num_tokens} tokens that go on" if tracked.num_resumptions else None
+        return f"none of {len(self.ready)} takes {what or f'{tracked.request.num_prompt_tokens} prompt tokens'}"
 
     def states(self) -> dict[InstanceId, InstanceState]:
         """Every instance that is not forgotten, by id, and its state."""

@@ -8,18 +8,19 @@ events about an attempt that is over are ignored. What it owes while a request m
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import assert_never
 
 from rota.base.errors import ConfigError, LawBroken
-from rota.base.instant import Duration, Instant, after, seconds, to_seconds
+from rota.base.instant import Duration, Instant, seconds
 from rota.serving.api import (
     AdmissionPolicy,
     DispatchPolicy,
     FleetRules,
     InstanceView,
     MigrationPolicy,
+    OrderPolicy,
     Pick,
+    QueueRules,
     ScalingPolicy,
 )
 from rota.serving.cluster.answers import ask_admission, ask_dispatch
@@ -30,6 +31,7 @@ from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, InstanceState, Re
 from rota.serving.cluster.migration import Cause, MigrationBook, MigrationCounts, MigrationLimits
 from rota.serving.cluster.migration_rounds import MigrationRounds
 from rota.serving.cluster.prefix_index import PrefixIndex
+from rota.serving.cluster.queue import RouterQueue, Tried
 from rota.serving.cluster.retries import RetryRule
 from rota.serving.cluster.scaling import FleetBook
 from rota.serving.cluster.tracked import ClusterCounts, TrackedRequest
@@ -75,9 +77,11 @@ class ClusterMachine:
 
     * **Arrival.** A prompt longer than any instance seen so far can take is refused with 400. Then the admission policy
       is asked, then the dispatch policy, with the instances that are ready and large enough. If there is none, the
-      request is held, and dispatched by class and arrival as soon as an instance starts.
-    * **Hold.** At most `max_queued` arrivals are held, each for `hold_timeout` at most; then 503 with `retry_after`.
-      Requests that come back from a failed attempt were accepted already, so they are held beyond that bound.
+      request is held, and dispatched by class and arrival as soon as an instance starts; with an order policy, as soon
+      as one has a place, in the policy's order.
+    * **Hold.** At most `queue.max_held` arrivals are held, each for `queue.timeout_seconds` at most; then 503 with
+      `retry_after`. Requests that come back from a failed attempt were accepted already, so they are held beyond that
+      bound. See `rota.serving.cluster.queue`.
     * **Failure.** Before the first token a retryable failure is dispatched again, up to `max_attempts` in all, away
       from the instances that failed this request unless no other can take it. After the first token it ends in `Fail`,
       unless the host says from which token on it can be resumed: then it goes on at an engine that can do that, up to
@@ -106,8 +110,8 @@ class ClusterMachine:
         admission: AdmissionPolicy,
         *,
         max_attempts: int = 3,
-        max_queued: int = 1024,
-        hold_timeout: Duration = seconds(60),
+        queue: QueueRules = QueueRules(),
+        order: OrderPolicy | None = None,
         retry_after: Duration = seconds(5),
         prefix_index: PrefixIndex | None = None,
         num_recent: int = 10_000,
@@ -119,38 +123,33 @@ class ClusterMachine:
         scaling: ScalingPolicy | None = None,
         fleet: FleetRules = FleetRules(),
     ) -> None:
-        """`retry_after` is what a client is told when no instance could take its request. `num_recent` is how many
-        ended requests are remembered to recognise an id that arrives again. Without `prefix_index` no instance has
-        prefixes."""
-        bounds = {"max_queued": (max_queued, 0), "max_resuming_per_instance": (max_resuming_per_instance, 1)}
-        for name, (value, least) in bounds.items():
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, not {value}")
+        """`order` says who goes next where `queue` limits what an instance is given. `retry_after` is what a client is
+        told when no instance could take its request. `num_recent` is how many ended requests are remembered to
+        recognise an id that arrives again. Without `prefix_index` no instance has prefixes."""
+        if max_resuming_per_instance < 1:
+            raise ConfigError(f"max_resuming_per_instance must be at least 1, not {max_resuming_per_instance}")
         self._dispatch_policy = dispatch
         self._admission_policy = admission
         self._retries = RetryRule(max_attempts, max_resumptions)
         self._max_resuming = max_resuming_per_instance
-        self._max_queued = max_queued
-        self._hold_timeout = hold_timeout
         self._retry_after = retry_after
         self._num_recent = num_recent
 
         self._now: Instant | None = None
         self._requests: dict[RequestId, TrackedRequest] = {}
-        # Deadlines in the order of holding, which is the order of the deadlines, since every hold is equally long.
-        self._held: OrderedDict[RequestId, Instant] = OrderedDict()
+        self._queue = RouterQueue(queue, order)
         self._recent: OrderedDict[RequestId, None] = OrderedDict()
         self._num_arrived = 0
         self._num_ended = dict.fromkeys(REQUEST_LIFECYCLE.final, 0)
         self._num_resumed = 0
 
-        self._instances = InstanceBook(prefix_index)
+        self._instances = InstanceBook(prefix_index, self._queue.max_outstanding)
         self._migrations = MigrationBook(self._instances, migration_limits)
         self._decode_places = DecodePlaces(dispatch, self._instances, self._migrations)
         self._flips = RoleFlips(dispatch, self._instances, self._migrations)
         self._rounds = MigrationRounds(migration, self._instances, self._migrations, patience)
         readers = any(getattr(policy, "reads_sequences", False) for policy in (dispatch, scaling))
-        self.reads_sequences = bool(self._rounds.ask_every or readers)
+        self.reads_sequences = bool(self._rounds.ask_every or readers or self._queue.is_ordered)
         """Whether a policy looks at who runs and who waits at an instance, so that reports should tell."""
         is_scaled = scaling is not None and scaling.interval_seconds > 0
         self.fleet = FleetBook(scaling, fleet, self._instances) if scaling is not None and is_scaled else None
@@ -163,7 +162,7 @@ class ClusterMachine:
         commands = self._take(event, now)
         if self._instances.is_place_free:
             self._instances.is_place_free = False
-            if self._held:
+            if self._queue:
                 commands = [*commands, *self._dispatch_held(now)]
         if self.fleet is not None:
             commands = [*commands, *self.fleet.heard(event, now)]
@@ -196,6 +195,7 @@ class ClusterMachine:
                 return self._attempt_failed(event, now)
             case InstanceReported():
                 self._instances.take_report(event.report, now)
+                self._queue.reported(event.report)
                 return self._flips.reported(now)
             case ClientLeft():
                 return self._client_left(event.request_id)
@@ -217,7 +217,7 @@ class ClusterMachine:
                 assert_never(event)
 
     def next_deadline(self) -> Instant | None:
-        held_at = next(iter(self._held.values()), None)
+        held_at = self._queue.next_deadline()
         if not self._rounds.ask_every and not self._migrations.moving:
             return held_at
         deadlines = (held_at, self._migrations.next_deadline(), self._rounds.ask_at)
@@ -228,13 +228,8 @@ class ClusterMachine:
         # First, so that a policy that raises leaves no trace but that it was asked.
         moves = self._rounds.ask(now)
         commands = self._migrations.expire(now)
-        overdue = []
-        for request_id, deadline_at in self._held.items():
-            if deadline_at > now:
-                break
-            overdue.append(self._requests[request_id])
-        waited = f"no instance could take the request within {to_seconds(self._hold_timeout):g} s"
-        commands += [self._give_up(tracked, waited) for tracked in overdue]
+        waited = f"no instance could take the request within {self._queue.rules.timeout_seconds:g} s"
+        commands += [self._give_up(self._requests[each], waited) for each in self._queue.overdue(now)]
         begun = [self._migrations.begin(move, self._requests.get(move.request_id), now) for move in moves]
         commands += [each for each in begun if isinstance(each, Migrate)]
         if self.fleet is not None:
@@ -252,7 +247,9 @@ class ClusterMachine:
         self._migrations.check(self._requests)
         if self.fleet is not None:
             self.fleet.check()
-        self._check_bounds()
+        self._queue.check(self._requests)
+        if len(self._recent) > self._num_recent:
+            raise LawBroken(f"law 12: {len(self._recent)} ended requests are remembered, {self._num_recent} may be")
 
     def unfinished(self) -> Sequence[RequestId]:
         return list(self._requests)
@@ -291,14 +288,16 @@ class ClusterMachine:
         tracked = TrackedRequest(request)
         refusal = self._refusal_at_the_door(tracked, now)
         candidates = self._candidates(tracked) if refusal is None else ()
-        if refusal is None and not candidates and len(self._held) >= self._max_queued:
+        if refusal is None and not candidates and len(self._queue) >= self._queue.rules.max_held:
             refusal = Reject(
                 request.id,
-                f"no instance can take the request and {len(self._held)} others wait for one already",
+                f"no instance can take the request and {len(self._queue)} others wait for one already",
                 503,
                 self._retry_after,
             )
-        pick = ask_dispatch(self._dispatch_policy, request, candidates, now) if candidates else None
+        pick = None
+        if candidates and not self._queue.is_ordered:
+            pick = ask_dispatch(self._dispatch_policy, request, candidates, now)
 
         self._num_arrived += 1
         self._requests[request.id] = tracked
@@ -308,7 +307,7 @@ class ClusterMachine:
             self._end(tracked, "rejected")
             return (refusal,)
         if pick is None:
-            return (self._hold(tracked, now),)
+            return self._place(tracked, now)
         return (self._dispatch(tracked, pick),)
 
     def _refusal_at_the_door(self, tracked: TrackedRequest, now: Instant) -> Reject | None:
@@ -337,6 +336,7 @@ class ClusterMachine:
     def _dispatch(self, tracked: TrackedRequest, pick: Pick) -> Dispatch:
         tracked.move("dispatched")
         tracked.num_attempts += 1
+        self._queue.dispatched(tracked)
         self._instances.assign(tracked, pick.instance_id)
         self._decode_places.note(tracked, pick)
         admission, tracked.admission = tracked.admission, ""
@@ -352,28 +352,46 @@ class ClusterMachine:
             tracked.decode_at,
         )
 
+    def _place(self, tracked: TrackedRequest, now: Instant) -> list[ClusterCommand]:
+        """Have a request go, or hold it. Where an order policy decides, others may go in its place."""
+        admission = tracked.admission
+        held = self._hold(tracked, now)
+        if self._queue.is_ordered:
+            tracked.admission = admission
+            commands = self._dispatch_held(now)
+            is_held = tracked.request.id in self._queue
+            tracked.admission = ""
+            return [held, *commands] if is_held else commands
+        candidates = self._candidates(tracked)
+        if not candidates:
+            return [held]
+        return [self._dispatch(tracked, ask_dispatch(self._dispatch_policy, tracked.request, candidates, now))]
+
     def _hold(self, tracked: TrackedRequest, now: Instant) -> Hold:
-        request = tracked.request
-        self._held[request.id] = after(now, self._hold_timeout)
-        num_ready = len(self._instances.ready)
-        what = f"{tracked.num_tokens} tokens that go on" if tracked.num_resumptions else None
-        what = what or f"{request.num_prompt_tokens} prompt tokens"
-        why = f"none of {num_ready} takes {what}" if num_ready else "none is ready"
+        self._queue.hold(tracked, now)
         admission, tracked.admission = tracked.admission, ""
-        return Hold(request.id, f"no instance can take it: {why}", admission)
+        why = self._instances.why_none(tracked)
+        return Hold(tracked.request.id, f"no instance can take it: {why}", admission)
 
     def _dispatch_held(self, now: Instant) -> list[ClusterCommand]:
-        """Dispatch what is held and can go now, by class and arrival; refuse what turns out to fit nowhere."""
+        """Dispatch what is held and can go now, as the queue has it; refuse what turns out to fit nowhere."""
         commands: list[ClusterCommand] = []
-        for tracked in sorted((self._requests[request_id] for request_id in self._held), key=attrgetter("hold_order")):
+
+        def try_one(request_id: RequestId) -> Tried:
+            tracked = self._requests[request_id]
             candidates = self._candidates(tracked)
             if candidates:
                 pick = ask_dispatch(self._dispatch_policy, tracked.request, candidates, now)
-                del self._held[tracked.request.id]
                 commands.append(self._dispatch(tracked, pick))
-            elif tracked.request.num_prompt_tokens > (self._instances.max_prompt_anywhere or 0):
+                return Tried.WENT
+            if tracked.request.num_prompt_tokens > (self._instances.max_prompt_anywhere or 0):
                 self._end(tracked, "rejected")
                 commands.append(self._never_fits(tracked.request))
+                return Tried.PASSED_OVER
+            return Tried.FULL if self._instances.is_full_for(tracked) else Tried.PASSED_OVER
+
+        if self._queue and self._instances.has_place:
+            self._queue.walk(now, self._requests, self._instances.limits, try_one)
         return commands
 
     def _attempt_failed(self, event: RequestFailed, now: Instant) -> Sequence[ClusterCommand]:
@@ -392,13 +410,7 @@ class ClusterMachine:
         else:
             tracked.move("retried")
         self._instances.release(tracked)
-        held = self._hold(tracked, now)
-        candidates = self._candidates(tracked)
-        if not candidates:
-            return [*commands, held]
-        pick = ask_dispatch(self._dispatch_policy, tracked.request, candidates, now)
-        del self._held[tracked.request.id]
-        return [*commands, self._dispatch(tracked, pick)]
+        return [*commands, *self._place(tracked, now)]
 
     def _client_left(self, request_id: RequestId) -> Sequence[ClusterCommand]:
         tracked = self._requests.get(request_id)
@@ -435,7 +447,7 @@ class ClusterMachine:
             self.fleet.demand.ended(tracked.request, is_lost=event in ("rejected", "failed"))
         self._num_ended[tracked.state] += 1
         self._instances.release(tracked)
-        self._held.pop(request_id, None)
+        self._queue.ended(tracked.request, num_output_tokens)
         del self._requests[request_id]
         self._decode_places.ended(tracked.request, num_output_tokens)
         self._recent[request_id] = None
@@ -477,22 +489,9 @@ class ClusterMachine:
                 commands += self._dispatch_held(now)
         return commands
 
-    # --- migrations --------------------------------------------------------------------------------------------------
-
     # --- laws --------------------------------------------------------------------------------------------------------
 
     def _advance(self, now: Instant) -> None:
         if self._now is not None and now < self._now:
             raise LawBroken(f"law 5: time went back from {self._now} to {now}")
         self._now = now
-
-    def _check_bounds(self) -> None:
-        queued = {request_id for request_id, tracked in self._requests.items() if tracked.state == RequestState.QUEUED}
-        if queued != self._held.keys():
-            lost = ", ".join(sorted(queued ^ self._held.keys()))
-            raise LawBroken(f"law 6: queued and held with a deadline are not the same requests: {lost}")
-        num_new = sum(not self._requests[request_id].num_attempts for request_id in self._held)
-        if num_new > self._max_queued:
-            raise LawBroken(f"law 12: {num_new} arrivals are held, {self._max_queued} may be")
-        if len(self._recent) > self._num_recent:
-            raise LawBroken(f"law 12: {len(self._recent)} ended requests are remembered, {self._num_recent} may be")
