@@ -40,7 +40,8 @@ _PREEMPTIONS = (b"vllm:num_preemptions_total",)
 
 
 class _Models(msgspec.Struct):
-    data: list[dict[str, object]] = []
+    data: list[dict[str, object]] | None = None
+    """Ollama without a model says null."""
 
 
 class _Detokenized(msgspec.Struct):
@@ -171,7 +172,7 @@ class OpenAIEngine:
 
     async def _ask_status(self) -> EngineStatus:
         try:
-            models = tuple(_models(await self._get("/v1/models")).data)
+            models = tuple(_models(await self._get("/v1/models")).data or ())
         except msgspec.MsgspecError as error:
             raise EngineError(f"{self.client.url}/v1/models: not a list of models: {error}") from None
         num_blocks, block_size = _UNKNOWN_BLOCKS, 16

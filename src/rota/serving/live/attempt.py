@@ -11,7 +11,7 @@ from rota.base.instant import Duration
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.live.events import EventReader
 from rota.serving.live.resumption import Resumption
-from rota.serving.live.usage import num_output_tokens, num_streamed_tokens
+from rota.serving.live.usage import num_output_tokens, num_streamed_tokens, says_done
 from rota.serving.model.events import FirstTokenSeen, RequestFailed, RequestFinished
 from rota.serving.model.instance import InstanceId
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _EXCERPT_BYTES = 200
 _NUM_TAIL_READS = 4
+_END_BYTES = 64
+"""More than the end of any stream has."""
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
@@ -161,9 +163,13 @@ class Attempt:
         if self.is_over:
             return
         if self._status == 200 and self._flight.call.stream:
+            tail = b"".join(self._tail)
+            if self._is_cut_short(tail):
+                self.on_failed("the stream ended without [DONE]")
+                return
             if not self._has_started:
                 self._start(b"")
-            self._finish_stream(num_streamed_tokens(b"".join(self._tail)))
+            self._finish_stream(num_streamed_tokens(tail))
         else:
             self._end_whole()
 
@@ -179,6 +185,15 @@ class Attempt:
         self.on_chunks = self._pass_chunks_on = None
         if self._timer is not None:
             self._timer.cancel()
+
+    def _is_cut_short(self, tail: bytes) -> bool:
+        """Whether a stream is not whole, although its connection ended in good order: as Ollama's does when the process
+        that runs the model dies."""
+        if not any(name == b"content-type" and b"text/event-stream" in value for name, value in self._headers):
+            return False
+        if len(self._tail) == _NUM_TAIL_READS and len(tail) < _END_BYTES:
+            return False  # It came in such small pieces that its end was not kept.
+        return not says_done(tail)
 
     def _collect(self, data: bytes) -> None:
         self._num_bytes += len(data)

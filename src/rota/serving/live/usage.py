@@ -1,6 +1,12 @@
-"""How many tokens an answer says it produced. Reads the few bytes that say so, and nothing else of an answer."""
+"""How many tokens an answer says it produced, and whether a stream says that it is whole. Reads the few bytes that say
+so, and nothing else of an answer."""
+
+import re
 
 import msgspec
+
+_FRAMING = re.compile(rb"\r\n[0-9a-fA-F]{1,8}\r\n")
+_DONE = re.compile(rb"data: ?\[DONE\]")
 
 
 class _Usage(msgspec.Struct):
@@ -33,3 +39,8 @@ def num_streamed_tokens(data: bytes) -> int | None:
             if num_tokens is not None:
                 return num_tokens
     return None
+
+
+def says_done(data: bytes) -> bool:
+    """Whether `[DONE]` is in the last that came of a stream, with or without the framing of HTTP/1.1 chunks."""
+    return _DONE.search(_FRAMING.sub(b"", data)) is not None
