@@ -157,10 +157,11 @@ async def test_an_ollama_without_models_is_well() -> None:
 @pytest.mark.asyncio
 async def test_a_stream_in_the_smallest_pieces_counts_as_whole() -> None:
     async def dribbles(body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for byte in stream(OLLAMA_CHUNK, OLLAMA_FINISH, b"[DONE]"):
-            writer.write(bytes((byte,)))
+        begun = stream(OLLAMA_CHUNK, OLLAMA_FINISH).removesuffix(b"0\r\n\r\n")
+        for piece in (begun, *(framed(bytes((byte,))) for byte in b"data: [DONE]\n\n"), b"0\r\n\r\n"):
+            writer.write(piece)
             await writer.drain()
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
 
     async with behind(OLLAMA_GETS, dribbles) as ollama:
         chunks = await ollama.client.chat.completions.create(model="smollm2:135m", messages=QUESTION, stream=True)
