@@ -14,6 +14,7 @@ from rota.serving.api import (
     Cursor,
     EngineView,
     InstanceView,
+    LengthPredictor,
     MemoryPolicy,
     OrderPolicy,
     SequenceView,
@@ -33,6 +34,7 @@ SHOWN = (
     Cursor,
     EngineView,
     InstanceView,
+    LengthPredictor,
     MemoryPolicy,
     OrderPolicy,
     SequenceView,
@@ -73,6 +75,8 @@ OF_A_SEQUENCE = {
 
 def parts(annotation):
     """Every type that is named inside an annotation."""
+    if isinstance(annotation, list):  # the arguments of a callable
+        return {part for argument in annotation for part in parts(argument)}
     arguments = typing.get_args(annotation)
     return {annotation} | {part for argument in arguments for part in parts(argument)} if arguments else {annotation}
 

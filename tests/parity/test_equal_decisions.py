@@ -14,9 +14,17 @@ from rota.serving.policies.batch.stall_free_chunks import StallFreeChunks
 from rota.serving.policies.batch.vllm_default import VllmDefault
 from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
+from rota.serving.policies.order.earliest_deadline import EarliestDeadline
 from rota.serving.policies.order.fair_tokens import FairTokens
 from rota.serving.policies.order.fcfs import Fcfs
+from rota.serving.policies.order.highest_response_ratio import HighestResponseRatio
+from rota.serving.policies.order.least_attained_service import LeastAttainedService
+from rota.serving.policies.order.shortest_predicted_first import ShortestPredictedFirst
+from rota.serving.policies.order.skip_join_mlfq import SkipJoinMlfq
+from rota.serving.policies.order.skip_predict import SkipPredict
 from rota.serving.policies.order.strict_priority import StrictPriority
+from rota.serving.predictors.length.declared import Declared
+from rota.serving.predictors.length.history import History
 from rota.serving.stack import EnginePolicies
 
 pytestmark = pytest.mark.slow
@@ -69,6 +77,22 @@ def test_fcfs_decides_as_stock_vllm_does(chunk: int) -> None:
 
 STACKS: dict[str, Callable[[], EnginePolicies]] = {
     "fair_tokens": lambda: EnginePolicies(FairTokens(weights={"tenant-1": 2.0}), VllmDefault(), RecomputeLowest()),
+    "earliest_deadline": lambda: EnginePolicies(EarliestDeadline(), VllmDefault(), RecomputeLowest()),
+    "highest_response_ratio": lambda: EnginePolicies(
+        HighestResponseRatio(lengths=History(num_least=2)), VllmDefault(), RecomputeLowest()
+    ),
+    "least_attained_service": lambda: EnginePolicies(
+        LeastAttainedService(quantum_tokens=16), VllmDefault(), RecomputeLowest()
+    ),
+    "shortest_predicted_first": lambda: EnginePolicies(
+        ShortestPredictedFirst(lengths=History(num_least=2), starvation_steps=40), VllmDefault(), RecomputeLowest()
+    ),
+    "skip_join_mlfq": lambda: EnginePolicies(
+        SkipJoinMlfq(sweep_steps=20, starvation_seconds=0.5), VllmDefault(), RecomputeLowest()
+    ),
+    "skip_predict": lambda: EnginePolicies(
+        SkipPredict(lengths=History(num_least=2), quick_lengths=Declared()), VllmDefault(), RecomputeLowest()
+    ),
     "strict_priority": lambda: EnginePolicies(StrictPriority(), VllmDefault(), RecomputeLowest()),
     "strict_priority, ageing": lambda: EnginePolicies(
         StrictPriority(ageing_seconds=0.3), VllmDefault(), RecomputeLowest()
@@ -83,7 +107,8 @@ STACKS: dict[str, Callable[[], EnginePolicies]] = {
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_plugin_decides_as_the_machine_does(stack: str) -> None:
     num_preempted = num_differing = 0
-    for seed in seeds_of(0):
+    seeds = seeds_of(0)[: None if stack.startswith(("fair", "fcfs", "strict")) else 8]
+    for seed in seeds:
         workload = random_workload(seed)
         decisions = compare(
             workload,
@@ -92,6 +117,6 @@ def test_the_plugin_decides_as_the_machine_does(stack: str) -> None:
         )
         num_preempted += sum(len(decision.preempted) for decision in decisions)
         num_differing += decisions != list(drive(workload, VllmHost(workload.limits)))
-    assert num_preempted > CHUNK
+    assert num_preempted > len(seeds)
     # The policy made a difference, so that agreeing says something.
-    assert num_differing > CHUNK // 2
+    assert num_differing > len(seeds) // 2

@@ -25,6 +25,11 @@ def milliseconds(value: float) -> Duration:
     return Duration(round(value * NANOSECONDS_PER_MILLISECOND))
 
 
+def microseconds(value: float) -> Duration:
+    """The duration of `value` microseconds, rounded to the nearest nanosecond."""
+    return Duration(round(value * 1000))
+
+
 def to_seconds(value: int) -> float:
     """A duration or an instant as float seconds, for display."""
     return value / NANOSECONDS_PER_SECOND

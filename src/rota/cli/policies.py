@@ -12,12 +12,15 @@ from rota.base.nearest import did_you_mean
 from rota.cli.flags import Json
 from rota.cli.output import print_json, print_lines, print_table
 from rota.serving.engines.vllm.hosting import check_hostable
+from rota.serving.predictors.length.declared import Declared
 from rota.serving.stack import REGISTRIES, StackConfig
 
 ROUTER_KINDS = ("dispatch", "admission", "migration", "scaling")
 _HOST_SIMULATOR, _HOST_VLLM, _HOST_ROUTER = "simulator", "vLLM 0.32", "router"
-_SERVICES = {"stream", "predictor"}
+_SERVICES = {"stream", "predictor", "lengths", "quick_lengths"}
 """Constructor parameters that assembly fills in, never a user."""
+_PREDICTORS = {"lengths": Declared(), "quick_lengths": Declared()}
+"""For orders that predict: which predictor they get makes no difference to who can host them."""
 
 
 class ParameterFacts(msgspec.Struct, frozen=True):
@@ -88,7 +91,9 @@ def _hosts(kind: str, name: str) -> tuple[str, ...]:
     # Asked beside the default stack: a policy is hosted by vLLM if it is so in the plainest company.
     stack = {each: getattr(StackConfig(), each) for each in ("order", "batch", "memory")} | {kind: name}
     try:
-        check_hostable(**{each: REGISTRIES[each].create(chosen) for each, chosen in stack.items()})
+        check_hostable(
+            **{each: REGISTRIES[each].create(chosen, services=_PREDICTORS) for each, chosen in stack.items()}
+        )
     except (CapabilityError, ConfigError):
         return (_HOST_SIMULATOR,)
     return _HOST_SIMULATOR, _HOST_VLLM

@@ -193,6 +193,24 @@ def _print(summary: "Summary") -> None:
         ],
     )
 
+    if summary.lengths:
+        print()
+        print_table(
+            ("output lengths by", "predictions", "CPU µs each", "cost µs each", "mean error", "bias", "Kendall's tau"),
+            [
+                (
+                    f"{facts.predictor} (the truth)" if facts.is_oracle else facts.predictor,
+                    facts.num_predictions,
+                    facts.cpu_us,
+                    facts.cost_us,
+                    facts.mean_absolute_error,
+                    facts.bias,
+                    facts.kendall_tau,
+                )
+                for facts in summary.lengths
+            ],
+        )
+
 
 def _row(name: str, group: "GroupSummary") -> tuple[object, ...]:
     ttft, tpot, e2e = group.ttft_ms, group.tpot_ms, group.e2e_ms

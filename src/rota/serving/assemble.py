@@ -17,7 +17,7 @@ from rota.serving.instance.machine import InstanceMachine
 from rota.serving.model.commands import ClusterCommand, InstanceCommand
 from rota.serving.model.events import ClusterEvent, InstanceEvent
 from rota.serving.model.instance import InstanceId, InstanceSpec, Role
-from rota.serving.stack import REGISTRIES, StackConfig, cluster_policies, engine_policies
+from rota.serving.stack import LIVE, REGISTRIES, LengthServices, StackConfig, cluster_policies, engine_policies
 
 CLUSTER = "cluster"
 """Name of the router's machine in a journal."""
@@ -73,7 +73,7 @@ def instance_name(instance_id: InstanceId, incarnation: int = 0) -> str:
     return f"instance/{instance_id}" if incarnation == 0 else f"instance/{instance_id}#{incarnation}"
 
 
-def build(config: SystemConfig) -> System:
+def build(config: SystemConfig, lengths: LengthServices = LIVE) -> System:
     """Put the machines of a run together. Raises `ConfigError` or `CapabilityError` for a stack that cannot be."""
     refuse_roles(config.stack, config.instances)
     ids = [spec.id for spec in config.instances]
@@ -81,7 +81,7 @@ def build(config: SystemConfig) -> System:
         raise ConfigError(f"two instances have the same id, in {', '.join(sorted(ids))}")
     return System(
         cluster=build_cluster(config.stack, config.seed),
-        instances={spec.id: build_instance(config.stack, spec) for spec in config.instances},
+        instances={spec.id: build_instance(config.stack, spec, lengths) for spec in config.instances},
     )
 
 
@@ -130,7 +130,7 @@ def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
     )
 
 
-def build_instance(stack: StackConfig, spec: InstanceSpec) -> InstanceMachine:
-    """One engine's machine with policies of its own."""
-    policies = engine_policies(stack, spec.capabilities, f"instance {spec.id}")
+def build_instance(stack: StackConfig, spec: InstanceSpec, lengths: LengthServices = LIVE) -> InstanceMachine:
+    """One engine's machine with policies of its own. `lengths` is what its host knows of output lengths."""
+    policies = engine_policies(stack, spec.capabilities, f"instance {spec.id}", lengths)
     return InstanceMachine(spec.limits, order=policies.order, batch=policies.batch, memory=policies.memory)

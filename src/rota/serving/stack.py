@@ -13,7 +13,7 @@ chunk_size = 256
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from rota.base.config import load_toml
-from rota.base.errors import CapabilityError
+from rota.base.errors import CapabilityError, ConfigError
 from rota.base.random_streams import RandomStreams
 from rota.base.registry import Registry
 from rota.serving.api import (
@@ -30,10 +30,12 @@ from rota.serving.api import (
     DispatchPolicy,
     EngineCapabilities,
     FleetRules,
+    LengthPredictor,
     MemoryPolicy,
     MigrationPolicy,
     OrderPolicy,
     QueueRules,
+    Request,
     ScalingPolicy,
 )
 from rota.serving.policies.admission import ADMISSION
@@ -44,6 +46,7 @@ from rota.serving.policies.migration import MIGRATION
 from rota.serving.policies.order import ORDER
 from rota.serving.policies.scaling import SCALING
 from rota.serving.predictors.demand import DEMAND
+from rota.serving.predictors.length import LENGTH
 
 REGISTRIES: Mapping[str, Registry] = {
     "order": ORDER,
@@ -68,6 +71,8 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     migration: dict[str, Any] = {}
     scaling: dict[str, Any] = {}
     demand: dict[str, Any] = {}
+    length: dict[str, Any] = {}
+    quick_length: dict[str, Any] = {}
 
 
 class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +91,10 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How much an instance is given at once, and how the rest waits at the router: in the order of `order`."""
     demand: str = "holt_winters"
     """What a scaling policy that forecasts is given to forecast with."""
+    length: str | msgspec.UnsetType = msgspec.UNSET
+    """What an order that goes by output length is given to predict it with; `history` unless said."""
+    quick_length: str | msgspec.UnsetType = msgspec.UNSET
+    """What an order that predicts twice is given for its first, cheap guess; `declared` unless said."""
     parameters: Parameters = Parameters()
 
 
@@ -96,6 +105,19 @@ class EnginePolicies:
     order: OrderPolicy
     batch: BatchPolicy
     memory: MemoryPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class LengthServices:
+    """What the host of an engine brings to its predictors of output length; a live one brings nothing."""
+
+    truth: Callable[[Request], int] | None = None
+    """The true output length of a request that is here: known in a simulation, and given to the oracle alone."""
+    watched: Callable[[str, LengthPredictor], LengthPredictor] = lambda name, predictor: predictor
+    """Each predictor, by name, as its policy shall see it: a simulation keeps books of what it says."""
+
+
+LIVE = LengthServices()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +137,16 @@ def load_stack(path: str | Path | None) -> StackConfig:
     return StackConfig() if path is None else load_toml(path, StackConfig)
 
 
-def engine_policies(config: StackConfig, capabilities: EngineCapabilities, engine: str) -> EnginePolicies:
-    """Build the policies for one engine. Raises `ConfigError` for a name or parameter that is unknown, and
-    `CapabilityError` if `engine` cannot do what a policy needs."""
+def engine_policies(
+    config: StackConfig, capabilities: EngineCapabilities, engine: str, lengths: LengthServices = LIVE
+) -> EnginePolicies:
+    """Build the policies for one engine. An order that names `lengths` or `quick_lengths` in its constructor gets
+    predictors of its own. Raises `ConfigError` for a name or parameter that is unknown, and `CapabilityError` if
+    `engine` cannot do what a policy needs."""
     policies = EnginePolicies(
-        order=_create("order", config, {}), batch=_create("batch", config, {}), memory=_create("memory", config, {})
+        order=_create("order", config, _length_predictors(config, lengths)),
+        batch=_create("batch", config, {}),
+        memory=_create("memory", config, {}),
     )
     for kind, policy in (("order", policies.order), ("batch", policies.batch), ("memory", policies.memory)):
         refuse_missing(kind, getattr(config, kind), policy.requires, capabilities, engine)
@@ -133,7 +160,9 @@ def cluster_policies(config: StackConfig, streams: RandomStreams) -> ClusterPoli
         admission=_create("admission", config, {}),
         migration=_create("migration", config, {}),
         scaling=_create("scaling", config, _predictor_of(config)),
-        order=_create("order", config, {}) if config.queue.max_outstanding_per_instance else None,
+        order=_create("order", config, _length_predictors(config, LIVE))
+        if config.queue.max_outstanding_per_instance
+        else None,
     )
 
 
@@ -142,6 +171,30 @@ def _predictor_of(config: StackConfig) -> Mapping[str, object]:
     if "predictor" not in inspect.signature(SCALING.load(config.scaling, where="stack: scaling")).parameters:
         return {}
     return {"predictor": DEMAND.create(config.demand, config.parameters.demand, where="stack: demand")}
+
+
+def _length_predictors(config: StackConfig, host: LengthServices) -> Mapping[str, object]:
+    """The predictors that the order names in its constructor; others need not have theirs installed."""
+    takes = inspect.signature(ORDER.load(config.order, where="stack: order")).parameters
+    given: dict[str, object] = {}
+    for service, kind, name in (
+        ("lengths", "length", config.length or "history"),
+        ("quick_lengths", "quick_length", config.quick_length or "declared"),
+    ):
+        if service not in takes:
+            continue
+        where = f"stack: {kind}"
+        services: dict[str, object] = {}
+        if "truth" in inspect.signature(LENGTH.load(name, where=where)).parameters:
+            if host.truth is None:
+                raise ConfigError(
+                    f"{where}: {name!r} asks for true output lengths, which only `rota simulate` and studies know",
+                    hint="leave it out, or name another predictor, such as history",
+                )
+            services["truth"] = host.truth
+        parameters = getattr(config.parameters, kind)
+        given[service] = host.watched(name, LENGTH.create(name, parameters, services=services, where=where))
+    return given
 
 
 def refuse_missing(

@@ -12,6 +12,7 @@ from rota.base.instant import Instant
 from rota.serving.api import (
     Capability,
     Cursor,
+    EndObserver,
     EngineView,
     OnRefusal,
     OrderPolicy,
@@ -123,6 +124,10 @@ class OrderSpy:
         answer = self.policy.displaces(view, waiting, running)
         refuse_writing(before, view, "displaces")
         return answer
+
+    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
+        if isinstance(self.policy, EndObserver):
+            self.policy.request_ended(request, num_output_tokens)
 
     def _check_displacing(self, view: EngineView) -> None:
         sequences = [*view.running, *view.waiting]

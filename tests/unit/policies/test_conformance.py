@@ -17,14 +17,39 @@ from rota.serving.policies.memory import MEMORY
 from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.policies.order import ORDER
+from rota.serving.policies.order.earliest_deadline import EarliestDeadline
 from rota.serving.policies.order.fair_tokens import FairTokens
 from rota.serving.policies.order.fcfs import Fcfs, InOrder
+from rota.serving.policies.order.highest_response_ratio import HighestResponseRatio
+from rota.serving.policies.order.least_attained_service import LeastAttainedService
+from rota.serving.policies.order.least_slack import LeastSlack
+from rota.serving.policies.order.shortest_predicted_first import ShortestPredictedFirst
+from rota.serving.policies.order.skip_join_mlfq import SkipJoinMlfq
+from rota.serving.policies.order.skip_predict import SkipPredict
 from rota.serving.policies.order.strict_priority import StrictPriority
+from rota.serving.predictors.length.declared import Declared
+from rota.serving.predictors.length.history import History
 from rota.testing import check_batch_policy, check_memory_policy, check_order_policy
 
+DECLARED = Declared()
 SOUND_ORDERS = {
+    "earliest_deadline": EarliestDeadline,
+    "earliest_deadline, of those who wait": lambda: EarliestDeadline(displace=False),
     "fair_tokens": FairTokens,
     "fcfs": Fcfs,
+    "highest_response_ratio": lambda: HighestResponseRatio(lengths=History(num_least=2)),
+    "least_attained_service": lambda: LeastAttainedService(quantum_tokens=4, preempted_at_most=3),
+    "least_slack": lambda: LeastSlack(lengths=History(num_least=2)),
+    "least_slack, of those who wait": lambda: LeastSlack(lengths=DECLARED, displace=False),
+    "shortest_predicted_first": lambda: ShortestPredictedFirst(
+        lengths=History(num_least=2), starvation_steps=6, promoted_tokens=2, bucket_tokens=2
+    ),
+    "shortest_predicted_first, unguarded": lambda: ShortestPredictedFirst(lengths=DECLARED, starvation_steps=0),
+    "shortest_predicted_first, skipping": lambda: ShortestPredictedFirst(lengths=DECLARED, skip_refused=True),
+    "skip_join_mlfq": lambda: SkipJoinMlfq(starvation_seconds=0.02, sweep_steps=3, base_ms=2, prefill_us_per_token=500),
+    "skip_predict": lambda: SkipPredict(
+        lengths=History(num_least=2), quick_lengths=DECLARED, short_tokens=6, bucket_tokens=2
+    ),
     "strict_priority": StrictPriority,
     "strict_priority, ageing fast": lambda: StrictPriority(ageing_seconds=0.003),
     "strict_priority, ageing": lambda: StrictPriority(ageing_seconds=0.05, top=1),
@@ -45,9 +70,15 @@ def test_every_policy_is_here(registry, sound):
     assert {name.partition(",")[0] for name in sound} == set(registry.table)
 
 
-@pytest.mark.parametrize("name", SOUND_ORDERS)
+OF_FEW_EXAMPLES = {name for name in SOUND_ORDERS if not name.startswith(("fair_tokens", "fcfs", "strict_priority"))}
+"""Orders that displace are asked about each pair of sequences in each step, which takes long."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OF_FEW_EXAMPLES)) for name in SOUND_ORDERS]
+)
 def test_order(name):
-    check_order_policy(SOUND_ORDERS[name])
+    check_order_policy(SOUND_ORDERS[name], **({"max_examples": 2} if name in OF_FEW_EXAMPLES else {}))
 
 
 @pytest.mark.parametrize("name", SOUND_BATCHES)

@@ -9,7 +9,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from rota.base.instant import Instant
+from rota.base.instant import Duration, Instant
 from rota.serving.api.decisions import Admission, Flip, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
 from rota.serving.api.views import ClusterView, EngineView, FleetView, SequenceView
 from rota.serving.model.capabilities import EngineCapabilities
@@ -178,10 +178,11 @@ class RoleFlipper(Protocol):
 
 @runtime_checkable
 class EndObserver(Protocol):
-    """A dispatch policy that wants to hear of ends, to learn how long answers are or to forget a request."""
+    """A dispatch or order policy that wants to hear of ends, to learn how long answers are or to forget a request."""
 
     def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
-        """A request ended, in whatever way; with so many output tokens if it finished and its engine told."""
+        """A request ended, in whatever way; with so many output tokens if it finished and its engine told. An order
+        policy hears of each request that ends at, or leaves, its engine, before the next step is planned."""
         ...
 
 
@@ -237,6 +238,23 @@ class DemandPredictor(Protocol):
     def forecast(self, history: Sequence[float], num_ahead: int) -> Sequence[float]:
         """The next `num_ahead` values of an evenly spaced series of values that are at least 0, the oldest first. May
         raise on a history that it cannot go by; whoever asked falls back on what was said before."""
+        ...
+
+
+@runtime_checkable
+class LengthPredictor(Protocol):
+    """How many tokens an answer will have. It goes by what is known on arrival and by answers that have ended; the
+    truth of one that has not is in the world alone, which only the predictor named `oracle` may ask."""
+
+    cost: Duration
+    """What one prediction takes of the engine's time. A simulated step takes as much longer; a live one just does."""
+
+    def predict(self, request: Request) -> float:
+        """Output tokens, at least 1 and at most what the client allows. Good for ranking; whole only by chance."""
+        ...
+
+    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
+        """A request ended, with so many output tokens if it was served to its end."""
         ...
 
 

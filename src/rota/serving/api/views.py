@@ -1,9 +1,9 @@
 """What a policy may look at. Read-only, and never the truth about the future."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from rota.base.instant import Duration, Instant
 from rota.serving.model.fleet import StartOffer, StartSource
@@ -78,6 +78,22 @@ class WaitingView(Protocol):
 
     def of_tenant(self, priority: int, tenant: TenantId) -> Iterator[SequenceView]:
         """The waiting sequences of one tenant and class, in queue order."""
+        ...
+
+    def groups(self, priority: int, key: Callable[[SequenceView], Hashable]) -> Iterator[Hashable]:
+        """As `tenants`, by the `key` of each sequence, which is asked once each time that it has come to wait."""
+        ...
+
+    def of_group(
+        self, priority: int, key: Callable[[SequenceView], Hashable], group: Hashable
+    ) -> Iterator[SequenceView]:
+        """The waiting sequences of one group and class, in queue order."""
+        ...
+
+    def ranked(self, key: Callable[[SequenceView], Any]) -> Iterator[SequenceView]:
+        """The waiting sequences by class, lowest number first, then by `key`, then in queue order. Kept sorted between
+        steps, and for one key at a time: pass the same function in every step. It is asked once each time that a
+        sequence has come to wait, at the next call, and must not change for as long as it waits."""
         ...
 
 

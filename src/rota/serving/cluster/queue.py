@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant, after, seconds
-from rota.serving.api import Cursor, OnRefusal, OrderPolicy, Pool, QueueRules, Refusal
+from rota.serving.api import Cursor, EndObserver, OnRefusal, OrderPolicy, Pool, QueueRules, Refusal
 from rota.serving.cluster.answers import Asked
 from rota.serving.cluster.lifecycles import RequestState
 from rota.serving.cluster.tracked import TrackedRequest
@@ -194,12 +194,17 @@ class RouterQueue:
             return
         if is_held:
             self._leaves(known)
-            return
+        else:
+            self._stop(known, num_output_tokens)
+        if isinstance(self._order, EndObserver):
+            self._order.request_ended(request, num_output_tokens)
+
+    def _stop(self, known: QueuedRequest, num_output_tokens: int | None) -> None:
         if num_output_tokens is not None and num_output_tokens > known.num_output_tokens + 1:
             # What reports did not tell; the policy also counts the token that would come next.
             known.num_output_tokens = num_output_tokens - 1
             self._show_running(self._now, [known])
-        del self._running[request.id]
+        del self._running[known.id]
 
     def _leaves(self, known: QueuedRequest) -> None:
         if self._leaving is None:

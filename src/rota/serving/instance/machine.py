@@ -1,5 +1,6 @@
 """One engine's next step: sequences whose computed tokens catch up with their total."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from rota.serving.instance.steady import SteadyPass
 from rota.serving.model.commands import EVERYBODY, REASONS_MAX, Grant, InstanceCommand, Reason, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import WAITING_REPORTED_MAX, InstanceLimits, SequenceReport
-from rota.serving.model.request import RequestId
+from rota.serving.model.request import Request, RequestId
 from rota.serving.waiting import WaitingQueue
 
 REPLANS_MAX = 64
@@ -71,6 +72,7 @@ class InstanceMachine:
         self._order = order
         self._batch = batch
         self._memory = memory
+        self._on_end: Callable[[Request, int | None], None] | None = getattr(order, "request_ended", None)
         self._ledger = BlockLedger(
             limits.num_blocks, limits.block_size, enable_prefix_caching=limits.enable_prefix_caching
         )
@@ -220,6 +222,8 @@ class InstanceMachine:
             self.waiting.remove(sequence)
         answers = self.moving.aborted(sequence)
         sequence.move("aborted")
+        if self._on_end is not None:
+            self._on_end(sequence.request, None)
         return answers
 
     def _finish_step(self, event: StepFinished) -> None:
@@ -242,6 +246,8 @@ class InstanceMachine:
             self._stop(sequence)
             sequence.move("finished")
             del sequences[request_id]
+            if self._on_end is not None:
+                self._on_end(sequence.request, sequence.num_output_tokens)
 
     def _gather(self) -> None:
         """Give those that caught up in the step that has finished their token, and take them into the group."""
@@ -281,6 +287,8 @@ class InstanceMachine:
     def forget(self, sequence: Sequence) -> None:
         """Drop a sequence that is on none of the lists any more."""
         del self._sequences[sequence.id]
+        if self._on_end is not None:
+            self._on_end(sequence.request, None)
 
     def _stop(self, sequence: Sequence) -> None:
         """Take a running sequence that has ended out of everything."""

@@ -14,6 +14,7 @@ from rota.serving.metrics.definitions import (
     slo_attainment,
 )
 from rota.serving.metrics.latencies import Latencies
+from rota.serving.metrics.length_errors import LengthFacts
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +32,8 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     config_hash: str
     journal_digest: str | None
     version: str
+    lengths: tuple[LengthFacts, ...] | msgspec.UnsetType = msgspec.UNSET
+    """What predictions of output length were worth, if there were any."""
 
 
 class GroupSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +85,8 @@ class Summary(GroupSummary, frozen=True, kw_only=True):
     """Highest class, that is lowest number, first."""
     by_tenant: tuple[TenantSummary, ...]
     """By name."""
+    lengths: tuple[LengthFacts, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of each predictor of output lengths that was asked."""
 
 
 class _Group:
@@ -170,6 +175,7 @@ class Tally:
             version=facts.version,
             by_class=tuple(ClassSummary(priority=priority, **_fields(group)) for priority, group in by_class),
             by_tenant=tuple(TenantSummary(tenant=tenant, **_fields(group)) for tenant, group in by_tenant),
+            lengths=facts.lengths,
         )
 
 

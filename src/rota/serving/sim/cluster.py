@@ -51,8 +51,9 @@ from rota.serving.sim.instance import RANK_ARRIVAL, RANK_STEP, Lost, SequenceSta
 from rota.serving.sim.messages import MESSAGE_FAULTS, Messages
 from rota.serving.sim.migration import Hooks, Moves, Transfer
 from rota.serving.sim.open_request import OpenRequest
+from rota.serving.sim.predictions import Predictions
 from rota.serving.sim.samples import Sampler
-from rota.serving.stack import engine_policies
+from rota.serving.stack import LengthServices, engine_policies
 
 EngineKind = Literal["model", "vllm"]
 """Who decides an instance's steps: our block-level model, or vLLM's scheduler object with our plug-in in it."""
@@ -128,6 +129,7 @@ class SimulatedCluster:
         self._step_time = step_time
         self._step_times = step_times
         self._truth = GroundTruth()
+        self.predictions = Predictions(self._truth)
         self._arrivals: Iterator[tuple[Request, int]] = iter(arrivals)
         self._open: dict[RequestId, OpenRequest] = {}
         refuse_roles(config.stack, config.instances)
@@ -355,7 +357,8 @@ class SimulatedCluster:
             self.loop.deliver(CLUSTER, InstanceStarted(spec))
 
     def _start_instance(self, spec: InstanceSpec) -> None:
-        machine = self._build_machine(spec)
+        predictions = self.predictions.at(spec.limits)
+        machine = self._build_machine(spec, predictions.services)
         self._instances[spec.id] = SimulatedInstance(
             self.loop,
             spec,
@@ -368,6 +371,7 @@ class SimulatedCluster:
             leap=self._options.leap,
             rank=self._ranks[spec.id],
             journeys=self,
+            thinking=predictions.take_due if predictions.is_used else None,
             tells_of_sequences=self.cluster.reads_sequences,
         )
         self.loop.deliver(CLUSTER, InstanceStarted(spec))
@@ -394,14 +398,14 @@ class SimulatedCluster:
             self._lose(one, instance_id, self.loop.now)
         self.moves.instance_lost(instance)
 
-    def _build_machine(self, spec: InstanceSpec) -> SimulatedMachine:
+    def _build_machine(self, spec: InstanceSpec, lengths: LengthServices) -> SimulatedMachine:
         if self._engine == "model":
-            return build_instance(self.config.stack, spec)
+            return build_instance(self.config.stack, spec, lengths)
         # vLLM is an optional dependency, and heavy to import.
         from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
         from rota.serving.sim.vllm_machine import VllmMachine
 
-        return VllmMachine(spec.limits, engine_policies(self.config.stack, VLLM_CAPABILITIES, "vLLM 0.32"))
+        return VllmMachine(spec.limits, engine_policies(self.config.stack, VLLM_CAPABILITIES, "vLLM 0.32", lengths))
 
     def _schedule_report(self, instance_id: InstanceId) -> None:
         def report(now: Instant) -> None:

@@ -1,7 +1,7 @@
 """An engine played by the world: it runs the steps that an instance machine orders, for as long as they take."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from heapq import heappop, heappush, heapreplace
 from itertools import accumulate
 from typing import NamedTuple, Protocol
@@ -152,12 +152,14 @@ class SimulatedInstance:
         rank: int = RANK_STEP,
         leap: bool = True,
         journeys: Journeys | None = None,
+        thinking: Callable[[], Duration] | None = None,
         tells_of_sequences: bool = False,
     ) -> None:
         """`step_overhead` is the time between two steps in which the engine computes nothing. `incarnation` is how
         often this instance was started before: a restarted engine is a fresh machine with a name of its own. `rank`, at
-        most `RANK_STEP`, orders instances whose steps end at one instant. `leap` False takes every step by itself. With
-        `tells_of_sequences` its reports say who runs and who waits, which costs by their number."""
+        most `RANK_STEP`, orders instances whose steps end at one instant. `leap` False takes every step by itself.
+        `thinking` says what deciding took of the engine's time since it was last asked, which the next step takes
+        longer. With `tells_of_sequences` its reports say who runs and who waits, which costs by their number."""
         self.spec = spec
         self.machine = machine
         self.name = instance_name(spec.id, incarnation)
@@ -168,6 +170,7 @@ class SimulatedInstance:
         self._truth = truth
         self._listener = listener
         self._journeys = journeys
+        self._thinking = thinking
         self._tells_of_sequences = tells_of_sequences
         self._returning: set[RequestId] = set()
         """Those whose next token here is to be told of."""
@@ -317,10 +320,11 @@ class SimulatedInstance:
         returned = self._list_returned(step.caught_up) if self._returning else []
         prefills, num_decodes, num_context_tokens = step.prefills, step.num_decodes, step.num_context_tokens
         self._beside = self._overhead + (self._skew(command) if self._skew_time is not None else 0)
-        ends: Sequence[int] = (self._time(prefills, num_decodes, num_context_tokens) + self._beside,)
+        thought = 0 if self._thinking is None else self._thinking()
+        ends: Sequence[int] = (self._time(prefills, num_decodes, num_context_tokens) + self._beside + thought,)
         flight = _Flight(command, now, ends, first_tokens, returned)
         self._flight = flight
-        if self._may_leap and not step.caught_up and not prefills and self.machine.num_repeats():
+        if self._may_leap and not thought and not step.caught_up and not prefills and self.machine.num_repeats():
             if self._loop.is_recording or self._told_at == now:
                 # Rows are written in the order of time, and of what the machine is yet to be told at this instant it
                 # must hear before it leaps: look how far nothing else happens, once this instant is over.

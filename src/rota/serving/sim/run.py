@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec import UNSET
+
 from rota import __version__
 from rota.base.instant import Duration, Instant
 from rota.base.journal import Header, Journal
@@ -194,4 +196,5 @@ def _facts(
         config_hash=header.config_hash,
         journal_digest=None if journal is None else journal.digest,
         version=__version__,
+        lengths=cluster.predictions.facts() or UNSET,
     )

@@ -11,6 +11,7 @@ from rota.base.errors import CapabilityError, ConfigError, DataError
 from rota.base.random_streams import RandomStreams
 from rota.serving.assemble import build
 from rota.serving.metrics.summary import Summary
+from rota.serving.sim.predictions import IN_A_SIMULATION
 from rota.serving.sim.run import SimulationConfig, system_config
 from rota.serving.stack import StackConfig
 from rota.serving.studies.differences import Design, Difference, Pair, differences
@@ -72,7 +73,7 @@ def compare(
     """
     for name, stack in stacks.items():
         try:
-            build(system_config(dataclasses.replace(common, stack=stack, num_instances=1)))
+            build(system_config(dataclasses.replace(common, stack=stack, num_instances=1)), IN_A_SIMULATION)
         except (ConfigError, CapabilityError) as error:
             raise ConfigError(f"{name}: {error.message}", hint=error.hint) from None
     design, num_repeats = design_of(common, num_repeats)

@@ -10,6 +10,7 @@ from rota import __version__
 from rota.base.config import config_hash
 from rota.serving.assemble import build
 from rota.serving.metrics.definitions import per_second
+from rota.serving.sim.predictions import IN_A_SIMULATION
 from rota.serving.sim.run import SimulationConfig, system_config
 from rota.serving.studies.observe import Observation, drawn_anew, observe
 from rota.serving.studies.runner import Runner
@@ -133,7 +134,7 @@ def size(
     runs in all)`, the latter a guess.
     """
     for profile in profiles:
-        build(system_config(dataclasses.replace(common, profile=profile)))
+        build(system_config(dataclasses.replace(common, profile=profile)), IN_A_SIMULATION)
     search = _Search(common, options, runner, on_progress, len(profiles))
     found = {profile: search.fleet(profile, prices.get(profile)) for profile in profiles}
     best = _best([fleet for fleet, _ in found.values()])

@@ -34,6 +34,7 @@ from rota.base.random_streams import RandomStreams, Stream
 from rota.serving.assemble import build
 from rota.serving.model.request import SLO
 from rota.serving.predictors.step_time.profiles import load_profile
+from rota.serving.sim.predictions import IN_A_SIMULATION
 from rota.serving.sim.run import SimulationConfig, system_config
 from rota.serving.stack import StackConfig, load_stack
 from rota.serving.workload.formats import recognise
@@ -191,7 +192,7 @@ class Runs:
         if key not in self._checked:
             self._checked.add(key)
             try:
-                build(one)
+                build(one, IN_A_SIMULATION)
             except CapabilityError as error:
                 raise ConfigError(error.message, hint=error.hint) from None
 

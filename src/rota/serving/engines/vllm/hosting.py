@@ -81,7 +81,8 @@ def check_hostable(
 def _refusal(message: str) -> CapabilityError:
     return CapabilityError(
         message,
-        hint="hosted are order fcfs, strict_priority; batch vllm_default, stall_free_chunks; memory recompute_lowest",
+        hint="hosted are orders that end their walk where one does not fit; batch vllm_default, stall_free_chunks; "
+        "memory recompute_lowest",
     )
 
 

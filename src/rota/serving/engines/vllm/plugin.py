@@ -99,6 +99,7 @@ class RotaScheduling(_Base):
         check_hostable(self.rota_order, self.rota_batch, self.rota_memory, limits)
         if self.rota_order.displacing:
             _check_displacement(self)
+        self._rota_on_end = getattr(self.rota_order, "request_ended", None)
         self.rota_limits = limits
         self._rota_sequences: dict[str, VllmSequence] = {}
         self._rota_queue = PolicyQueue(self.rota_order, self._rota_sequences)
@@ -138,7 +139,7 @@ class RotaScheduling(_Base):
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: Any) -> list[Any]:
         finished = super().finish_requests(request_ids, finished_status)
         for request in finished:
-            self._rota_sequences.pop(request.request_id, None)
+            self._rota_forget(request.request_id, None)
             if self._rota_journal is not None:
                 self._rota_journal.aborted(request.request_id, self.rota_clock())
         return finished
@@ -206,7 +207,7 @@ class RotaScheduling(_Base):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         finished = [request.request_id for request in alive if request.is_finished()]
         for request_id in finished:
-            self._rota_sequences.pop(request_id, None)
+            self._rota_forget(request_id, self._rota_sequences[request_id].vllm.num_output_tokens)
         if step.requests and self._rota_journal is not None:
             self._rota_journal.finished(step.step_id, finished, self.rota_clock())
         if step.record is not None and self._rota_facts is not None:
@@ -363,6 +364,12 @@ class RotaScheduling(_Base):
             "num_cached_tokens": num_cached_tokens,
             "num_admitted": len(admitted),
         }
+
+    def _rota_forget(self, request_id: str, num_output_tokens: int | None) -> None:
+        """A request is no longer here; with so many output tokens if it was served to its end."""
+        sequence = self._rota_sequences.pop(request_id, None)
+        if sequence is not None and self._rota_on_end is not None:
+            self._rota_on_end(sequence.request, num_output_tokens)
 
     def _rota_flush(self) -> None:
         if self._rota_facts is not None:

@@ -1,0 +1,184 @@
+"""What orders by rank have in common: classes first, and within a class the lowest rank."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from heapq import merge
+from typing import Any, Literal
+
+from rota.base.errors import ConfigError
+from rota.serving.api import (
+    Capability,
+    Cursor,
+    EngineCapabilities,
+    EngineView,
+    InOrder,
+    OnRefusal,
+    Pool,
+    Refusal,
+    RequestId,
+    SequenceView,
+)
+
+PREEMPTING: EngineCapabilities = frozenset(
+    {Capability.ORDER_WAITING, Capability.ORDER_RUNNING, Capability.DISPLACE, Capability.PREEMPT_RECOMPUTE}
+)
+"""What an order needs in which those who wait may displace those who run."""
+
+Rank = tuple[Any, ...]
+
+
+class InOrderSkipping(InOrder):
+    """A cursor that goes on past whoever does not fit, so that small requests fill what a large one leaves."""
+
+    __slots__ = ()
+
+    def refused(self, sequence: SequenceView, why: Refusal) -> OnRefusal:
+        return OnRefusal.SKIP if why in (Refusal.NO_MEMORY, Refusal.NOT_PENDING) else OnRefusal.STOP
+
+
+class RankedOrder(ABC):
+    """An order in which whoever waits displaces whoever runs with a higher rank in the same class, and everybody of a
+    lower class, if it cannot start otherwise.
+
+    The rank of a sequence must not change while it waits, but for those given to `promote`.
+    """
+
+    requires: EngineCapabilities = PREEMPTING
+    running_order: Literal["admission", "own"] = "own"
+    displacing: bool = True
+    repeatable: bool = False
+
+    def __init__(self, *, skip_refused: bool = False) -> None:
+        """`skip_refused` goes on past a waiting sequence that does not fit, in place of ending the walk."""
+        self._skip_refused = skip_refused
+        if skip_refused:
+            self.requires = self.requires | {Capability.SKIP_REFUSED}
+        self._promoted: dict[RequestId, SequenceView] = {}
+        """Those who got a rank of their own while they waited, and still wait."""
+        self._looked_at = -1
+        self._num_looks = 0
+        """Steps that were looked at."""
+
+    def only_order_waiting(self, is_so: bool) -> None:
+        """Serve those who run in order of admission, and displace nobody."""
+        if is_so:
+            self.requires = (self.requires - PREEMPTING) | {Capability.ORDER_WAITING}
+            self.running_order = "admission"
+            self.displacing = False
+            self.repeatable = True
+
+    @abstractmethod
+    def rank(self, sequence: SequenceView) -> Rank:
+        """Where it stands within its class: lower is served first, equals in queue order or order of admission."""
+
+    def tier(self, sequence: SequenceView) -> Rank:
+        """Its rank as far as displacing goes; must order no two sequences otherwise than `rank` does."""
+        return self.rank(sequence)
+
+    def look(self, view: EngineView) -> None:  # noqa: B027  # not everybody needs to
+        """Called once a step, before anything else."""
+
+    def came_to_wait(self, sequence: SequenceView, rank: Rank) -> None:  # noqa: B027
+        """Called once each time that a sequence has come to wait, in the first step that walks over it."""
+
+    def open(self, view: EngineView, pool: Pool) -> Cursor:
+        self._once_a_step(view)
+        if pool is Pool.WAITING:
+            return self._cursor(self._waiting(view))
+        running = view.running
+        if self.running_order == "admission" or len(running) < 2:
+            return InOrder(running)
+        return InOrder(sorted(running, key=self._key))
+
+    def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
+        if not self.displacing:
+            return False
+        if waiting.priority != running.priority:
+            return waiting.priority < running.priority
+        return self.tier(waiting) < self.tier(running)
+
+    def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
+        """Forget it."""
+        self._promoted.pop(request.id, None)
+
+    def promote(self, sequence: SequenceView) -> None:
+        """The rank of a waiting sequence is another from now on."""
+        self._promoted[sequence.id] = sequence
+
+    def _once_a_step(self, view: EngineView) -> None:
+        if view.now == self._looked_at:
+            return
+        self._looked_at = view.now
+        self._num_looks += 1
+        if self._promoted:
+            for sequence in view.running:
+                self._promoted.pop(sequence.id, None)
+        self.look(view)
+
+    def _waiting(self, view: EngineView) -> Iterator[SequenceView]:
+        ranked = view.waiting.ranked(self._rank_of_newcomer)
+        promoted = self._promoted
+        if not promoted:
+            return ranked
+        return merge(
+            sorted(promoted.values(), key=self._key),
+            (sequence for sequence in ranked if sequence.id not in promoted),
+            key=self._key,
+        )
+
+    def _rank_of_newcomer(self, sequence: SequenceView) -> Rank:
+        self._promoted.pop(sequence.id, None)
+        rank = self.rank(sequence)
+        self.came_to_wait(sequence, rank)
+        return rank
+
+    def _key(self, sequence: SequenceView) -> tuple[int, Rank]:
+        return sequence.priority, self.rank(sequence)
+
+    def _cursor(self, sequences: Iterable[SequenceView]) -> Cursor:
+        return InOrderSkipping(sequences) if self._skip_refused else InOrder(sequences)
+
+
+class Idling:
+    """Who waits, and since when, those who have waited longest first."""
+
+    def __init__(self) -> None:
+        self._since: dict[RequestId, tuple[int, SequenceView]] = {}
+
+    def begin(self, sequence: SequenceView, at: int) -> None:
+        """It has come to wait; `at` never falls."""
+        self._since.pop(sequence.id, None)
+        self._since[sequence.id] = (at, sequence)
+
+    def end(self, request_id: RequestId) -> None:
+        """It is served, or gone."""
+        self._since.pop(request_id, None)
+
+    def served(self, sequences: Iterable[SequenceView]) -> None:
+        """These are not idle."""
+        if self._since:
+            for sequence in sequences:
+                self._since.pop(sequence.id, None)
+
+    def overdue(self, since: int) -> Iterator[SequenceView]:
+        """Take out those who have waited since then or longer."""
+        while self._since:
+            request_id, (at, sequence) = next(iter(self._since.items()))
+            if at > since:
+                return
+            del self._since[request_id]
+            yield sequence
+
+
+def at_least_one(policy: str, **numbers: float | None) -> None:
+    """Raise `ConfigError` naming the parameter that is below 1; None is fine."""
+    for name, number in numbers.items():
+        if number is not None and not number >= 1:
+            raise ConfigError(f"{policy}: {name} must be at least 1, not {number}")
+
+
+def above_zero(policy: str, **numbers: float | None) -> None:
+    """Raise `ConfigError` naming the parameter that is not above 0; None is fine."""
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < float("inf"):
+            raise ConfigError(f"{policy}: {name} must be above 0, not {number}")
