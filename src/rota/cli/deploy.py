@@ -1,6 +1,7 @@
 """`rota deploy`: a file that has somebody else start what `rota serve --on ray` needs."""
 
 import json as json_
+import re
 import shlex
 import string
 from enum import StrEnum
@@ -17,6 +18,8 @@ from rota.cli.output import print_json, say
 from rota.cli.ray_engines import needs_of
 
 TEMPLATES = files("rota") / "data" / "deploy"
+NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
+"""A DNS label, as Kubernetes demands of a service; KubeRay adds to it, and allows 47."""
 RAY_VERSION = "2.60.0"
 """What the manifest says where Ray is not installed here."""
 
@@ -42,7 +45,7 @@ def deploy(
     engine: Annotated[str, typer.Option(help="`vllm` or `simulated`.")] = "vllm",
     model: Annotated[str | None, typer.Option(help="Model folder, at the same path on every node.")] = None,
     instances: Annotated[int, typer.Option(help="Number of engines.")] = 2,
-    max_instances: Annotated[int | None, typer.Option(help="Room for so many; --instances if left out.")] = None,
+    max_instances: Annotated[int | None, typer.Option(help="Scale up to so many; left out, nothing scales.")] = None,
     cpus_per_instance: Annotated[float, typer.Option(help="CPUs of one engine.")] = 4.0,
     gpus_per_instance: Annotated[float, typer.Option(help="GPUs of one engine.")] = 1.0,
     provider: Annotated[Provider, typer.Option(help="For Ray's launcher: machines of yours, or AWS.")] = Provider.LOCAL,
@@ -61,11 +64,15 @@ def deploy(
     most = at_least("--max-instances", instances if max_instances is None else max_instances, instances)
     if engine not in ("vllm", "simulated"):
         raise ConfigError(f"--engine: must be vllm or simulated, not {engine!r}")
-    if not name.replace("-", "").isalnum() or not name[0].isalpha() or name != name.lower() or len(name) > 40:
-        raise ConfigError(f"--name: lower-case letters, digits and hyphens, a letter first, at most 40; not {name!r}")
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name: lower-case letters, digits and hyphens, a letter first, no hyphen last, at most 40; not {name!r}"
+        )
     needs = needs_of(cpus_per_instance, gpus_per_instance, ())
     flags = ["--on", "ray=auto", "--engine", engine, "--instances", str(instances), "--host", "0.0.0.0"]
     flags += ["--cpus-per-instance", f"{needs.num_cpus:g}", "--gpus-per-instance", f"{needs.num_gpus:g}"]
+    if most > instances:
+        flags += ["--scale", f"{instances}:{most}"]
     flags += ["--await-nodes"] + (["--model", model] if model is not None else [])
     fields = {"file": out.name, "name": name, "num_instances": str(instances), "max_instances": str(most)}
     if to is Target.KUBERNETES:

@@ -77,6 +77,36 @@ def test_the_rayservice_hangs_together(tmp_path: Path) -> None:
     limits, flags = worker["resources"]["limits"], application["args"]["flags"]
     assert limits["nvidia.com/gpu"] == flags[flags.index("--gpus-per-instance") + 1]
     assert limits["cpu"] == flags[flags.index("--cpus-per-instance") + 1]
+    assert flags[flags.index("--scale") + 1] == "3:5"
+
+
+def test_the_rayservice_has_what_kuberay_demands(tmp_path: Path) -> None:
+    """What the schema of its custom resource requires or types, and what its operator refuses or adds besides."""
+    manifest = written(tmp_path / "rota.yaml", "--to", "kubernetes", "--image", "registry/rota:1", "--name", "a" * 40)
+    spec = manifest["spec"]
+    cluster = spec["rayClusterConfig"]
+    assert isinstance(spec["serveConfigV2"], str)
+    assert isinstance(cluster["rayVersion"], str)
+    assert cluster["enableInTreeAutoscaling"] is True
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] == "registry/rota:1"
+        for amounts in container["resources"].values():
+            assert all(isinstance(amount, str) for amount in amounts.values())
+        # Ray's autoscaler restarts no pod by itself; version 2 of it refuses pods that do.
+        assert group["template"]["spec"].get("restartPolicy", "Never") == "Never"
+    for group in cluster["workerGroupSpecs"]:
+        assert group["groupName"]
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    ports = {port["name"]: port["containerPort"] for port in groups[0]["template"]["spec"]["containers"][0]["ports"]}
+    assert ports["gcs-server"] == 6379
+    assert ports["serve"] == 8000
+    # The operator adds this one, and a service with a port twice is refused.
+    ports.setdefault("metrics", 8080)
+    assert len(set(ports.values())) == len(ports)
+    assert len(manifest["metadata"]["name"]) <= 47
 
 
 @pytest.mark.parametrize(
@@ -85,6 +115,8 @@ def test_the_rayservice_hangs_together(tmp_path: Path) -> None:
         (("--to", "kubernetes"), "--image: missing"),
         (("--to", "ray"), "--node: which machines?"),
         (("--to", "ray", "--node", "a", "--name", "A b"), "--name: "),
+        (("--to", "ray", "--node", "a", "--name", "rota-"), "--name: "),
+        (("--to", "ray", "--node", "a", "--name", "röta"), "--name: "),
         (("--to", "ray", "--node", "a", "--engine", "http://x"), "--engine: must be vllm or simulated"),
         (("--to", "ray", "--node", "a", "--instances", 3, "--max-instances", 2), "--max-instances: "),
         (

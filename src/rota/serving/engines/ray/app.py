@@ -16,8 +16,8 @@ from rota.base.errors import EngineError
 from rota.serving.engines.http_client import HttpClient
 from rota.serving.engines.process import EngineProcess, ProcessSpec, RestartRule
 
-PORT = 8080
-"""Not Serve's own, which is 8000."""
+PORT = 8100
+"""None of those that KubeRay has a head listen on: 8000 is Serve's, 8080 that of Ray's metrics."""
 START_SECONDS = 1800.0
 HEAD = {"node:__internal_head__": 0.001}
 """Ray's own name for the head node."""
