@@ -21,7 +21,7 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 from ray.cluster_utils import Cluster  # noqa: E402
-from tests.live.ray_nodes import kill, nodes, pids, until  # noqa: E402
+from tests.live.ray_nodes import kill, nodes, pids, standing_request, until  # noqa: E402
 from tests.worlds.test_simulated_failover import COMPLETION, ask, body_of, said  # noqa: E402
 
 from rota.base.errors import ConfigError, EngineError  # noqa: E402
@@ -112,11 +112,11 @@ async def test_a_node_is_killed_under_load(three: Cluster, tmp_path: Path) -> No
         cluster.machine.check()
 
 
-def rota_serve(three: Cluster, folder: Path, *words: str) -> "subprocess.Popen[str]":
+def rota_serve(address: str, folder: Path, *words: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "rota.cli.main", "serve", "--engine", "simulated", "--port", "0", "--json"),
-            *("--on", f"ray={three.address}", "--run-dir", str(folder), "--drain", "5", *words),
+            *("--on", f"ray={address}", "--run-dir", str(folder), "--drain", "5", *words),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -149,18 +149,18 @@ async def test_a_router_that_is_killed_leaves_its_engines_to_the_next_one(three:
     stack.write_text(STACK)
     words = ("--instances", "2", "--stack", str(stack), "--wait-for-all")
     body = body_of(COMPLETION, "tell me more")
-    first = rota_serve(three, tmp_path, *words)
+    first = rota_serve(three.address, tmp_path, *words)
     async with aiohttp.ClientSession() as session:
         expected = said(await ask(session, url_of(first).removesuffix("/v1"), COMPLETION, body))
         running = engines_of(tmp_path)
         assert len(running) == 2
-        other = rota_serve(three, tmp_path, *words)
+        other = rota_serve(three.address, tmp_path, *words)
         _, talk = await asyncio.to_thread(other.communicate, timeout=60)
         assert other.returncode == 1
         assert "another router uses the engine ray-0" in talk
         first.kill()
         first.communicate()
-        second = rota_serve(three, tmp_path, *words)
+        second = rota_serve(three.address, tmp_path, *words)
         assert said(await ask(session, url_of(second).removesuffix("/v1"), COMPLETION, body)) == expected
     assert engines_of(tmp_path) == running, "an engine was started anew"
     second.send_signal(signal.SIGINT)
@@ -198,9 +198,11 @@ async def test_a_leftover_with_other_settings_is_replaced(three: Cluster, tmp_pa
 @pytest.mark.asyncio
 async def test_an_engine_that_nobody_asks_for_ends(three: Cluster, tmp_path: Path) -> None:
     cluster = RayCluster(None, Needs())
+    cluster.keep_room("ray-0", True)
     cluster.place(plan(tmp_path, 0), lease_seconds=4.0)
     await until(lambda: bool(engines_of(tmp_path)), "it runs")
     await until(lambda: not engines_of(tmp_path) and not actors(), "it is gone")
+    assert not standing_request(), "nodes are kept for nobody"
 
 
 @pytest.mark.asyncio
@@ -236,13 +238,10 @@ async def test_an_engine_without_room_waits_says_so_and_can_be_stopped(three: Cl
 
 
 def test_the_autoscaler_is_asked_for_room(three: Cluster) -> None:
-    from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
-    from ray.experimental.internal_kv import _internal_kv_get
-
     cluster = RayCluster(None, Needs(num_cpus=0.5, resources={"tpu": 1}), await_nodes=True)
     asked = []
     for name, wanted in (("a", True), ("b", True), ("a", True), ("a", False), ("b", False)):
         cluster.keep_room(name, wanted)
-        asked.append(json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)))
+        asked.append(standing_request())
     assert [len(bundles) for bundles in asked] == [1, 2, 2, 1, 0]
     assert asked[0] == [{"CPU": 0.5, "tpu": 1.0}]

@@ -11,7 +11,9 @@ from rota.cli.flags import at_least_zero
 if TYPE_CHECKING:
     from rota.serving.engines.ray.cluster import Needs, RayCluster
     from rota.serving.engines.ray.engine import RayEngine
+    from rota.serving.engines.ray.fleet import RayFleet
     from rota.serving.engines.ray.plans import EnginePlan
+    from rota.serving.model.instance import InstanceId
 
 LOCAL, RAY = "local", "ray"
 
@@ -25,15 +27,24 @@ class RayChoice:
         self._await_nodes = await_nodes
         self._cluster: RayCluster | None = None
 
-    def engines(self, plan: "Callable[[str, int], EnginePlan]", num_instances: int) -> "list[RayEngine]":
-        """So many engines, `ray-0` and so on. Raises `ConfigError` where the cluster cannot be joined or has no node
-        for one."""
+    def engines(
+        self, plan: "Callable[[str, int], EnginePlan]", num_instances: int
+    ) -> "tuple[list[RayEngine], RayFleet]":
+        """So many engines, `ray-0` and so on, and the fleet that more come from. Raises `ConfigError` where the cluster
+        cannot be joined or has no node for one."""
         from rota.serving.engines.ray.cluster import RayCluster
 
         cluster = self._cluster = RayCluster(self._address, self._needs, await_nodes=self._await_nodes)
         from rota.serving.engines.ray.engine import RayEngine  # needs Ray, which is there by now
+        from rota.serving.engines.ray.fleet import RayFleet
 
-        return [RayEngine(plan(f"ray-{index}", index), cluster) for index in range(num_instances)]
+        def one_more(instance_id: "InstanceId") -> RayEngine:
+            number = int(instance_id.rpartition("-")[2])
+            return RayEngine(plan(instance_id, num_instances + number - 1), cluster)
+
+        return [RayEngine(plan(f"ray-{index}", index), cluster) for index in range(num_instances)], RayFleet(
+            one_more, cluster
+        )
 
     def plans(
         self,

@@ -29,8 +29,8 @@ def scaled(path: Path | None, words: str | None, num_instances: int, *, can_star
         return stack, num_instances
     if not can_start:
         raise ConfigError(
-            f"--scale: scaling policy {stack.scaling!r} needs engines that can be started here",
-            hint="scale --engine vllm or simulated without --on",
+            f"--scale: scaling policy {stack.scaling!r} needs engines that can be started",
+            hint="scale --engine vllm or simulated; servers that run already are not Rota's to start or stop",
         )
     return stack, min(max(num_instances, stack.fleet.min_instances), stack.fleet.max_instances)
 

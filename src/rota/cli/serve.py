@@ -86,7 +86,7 @@ def serve(
     kinds = engine or [VLLM]
     _check(kinds, on, port, stock)
     num = at_least("--instances", instances, 1)
-    config, num = scaled(stack, scale, num, can_start=on == LOCAL and _kind(kinds[0]) != "url")
+    config, num = scaled(stack, scale, num, can_start=_kind(kinds[0]) != "url")
     known = tenancy(keys, config, stack, run_dir)
     _run(
         kinds=kinds,
@@ -211,7 +211,7 @@ def _run(
         fleet: Fleet | None = None
         if ray is not None:
             plan = ray.plans(kind, run_dir, stack_path, model, stock, options, profile, seed)
-            engines = ray.engines(plan, num_instances)
+            engines, fleet = ray.engines(plan, num_instances)
         elif kind == SIMULATED:
             engines, fleet = _simulated(loop, system, config, profile)
         elif kind == VLLM:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from rota.base.journal import Journal, header_for
 from rota.runtime.clocks import SystemClock
@@ -11,7 +12,7 @@ from rota.serving.api import StepTimePredictor
 from rota.serving.assemble import SystemConfig, build
 from rota.serving.engines.engine import Engine
 from rota.serving.frontdoor.serve import Router, ServeConfig
-from rota.serving.live.fleet import LocalFleet
+from rota.serving.live.fleet import Fleet, LocalFleet
 from rota.serving.live.simulated import SimulatedEngine, one_more, simulated_engines
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.predictors.step_time.affine import AffineStepTime
@@ -44,11 +45,11 @@ async def running_router(
     seed: int = 0,
     ready_seconds: float = 10.0,
     scales: bool = False,
-    fleet: type[LocalFleet] = LocalFleet,
+    fleet: type[LocalFleet] | Fleet = LocalFleet,
 ) -> AsyncIterator[RunningRouter]:
     """Run a router over simulated engines `sim-0`, `sim-1`, …, and over any others that are given; its journal keeps
     its rows. Steps take about a millisecond unless `step_time` says otherwise. With `scales`, a `fleet`
-    of simulated engines is there for the stack's scaling policy."""
+    of simulated engines is there for the stack's scaling policy, or any other that is given."""
     specs = tuple(
         InstanceSpec(InstanceId(f"sim-{index}"), limits or InstanceLimits(num_blocks=4096))
         for index in range(num_simulated)
@@ -59,7 +60,10 @@ async def running_router(
     system = build(config)
     predictor = step_time or AffineStepTime(base_ms=1.0, token_us=0.0, kv_token_ns=0.0, seq_us=0.0)
     simulated = simulated_engines(loop, system, config, predictor)
-    more = fleet(lambda instance_id: one_more(loop, config, instance_id, predictor)) if scales else None
+    more: Fleet | None = None
+    if scales:
+        another = partial(one_more, loop, config, step_time=predictor)
+        more = fleet(another) if isinstance(fleet, type) else fleet
     router = Router(serve or ServeConfig(port=0), loop, system.cluster, [*simulated, *engines], more)
     async with router:
         await router.wait_ready(len(router.engines), timeout_seconds=ready_seconds)

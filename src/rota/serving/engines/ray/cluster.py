@@ -2,12 +2,13 @@
 
 import os
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from rota.base.errors import ConfigError
+from rota.base.errors import ConfigError, EngineError
 from rota.serving.engines.ray.plans import EnginePlan
 
 NAMESPACE = "rota"
@@ -83,6 +84,9 @@ class Needs(msgspec.Struct, frozen=True):
         return {name: amount for name, amount in {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}.items()
                 if amount}  # fmt: skip
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {amount:g}" for name, amount in self.bundle().items()) or "nothing"
+
 
 class RayCluster:
     """One cluster, joined. Engines are named actors in the namespace `rota`; they outlive the router that placed them,
@@ -93,7 +97,9 @@ class RayCluster:
         `await_nodes` says that such may come."""
         self._ray, self._is_ours = join(address, flag)
         self.needs = needs
+        self.awaits_nodes = await_nodes
         self._wanted: set[str] = set()
+        self._asking = threading.Lock()
         try:
             if not await_nodes:
                 nodes = [node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]]
@@ -126,16 +132,34 @@ class RayCluster:
 
     def keep_room(self, instance_id: str, wanted: bool) -> None:
         """Ask Ray's autoscaler, where there is one, for nodes that this engine fits on beside the others; it keeps them
-        until that is taken back."""
+        until that is taken back. May take a while, and be called by several threads. Raises `EngineError` if Ray does
+        not take the request; the next one makes up for it."""
         from ray.autoscaler.sdk import request_resources
 
-        (self._wanted.add if wanted else self._wanted.discard)(instance_id)
-        request_resources(bundles=[self.needs.bundle()] * len(self._wanted))
+        with self._asking:
+            (self._wanted.add if wanted else self._wanted.discard)(instance_id)
+            try:
+                request_resources(bundles=[self.needs.bundle()] * len(self._wanted))
+            except Exception as error:  # whatever Ray has to say
+                raise EngineError(f"{instance_id}: Ray takes no request for room: {error}") from None
+
+    def num_rooms(self) -> int:
+        """How many more engines the nodes that are there have room for, as Ray counts now. May take a while, and raises
+        what Ray raises where it does not answer."""
+        from ray._private.state import available_resources_per_node
+
+        return sum(num_that_fit(self.needs, free) for free in available_resources_per_node().values())
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         if self._is_ours:
             self._ray.shutdown()
+
+
+def num_that_fit(needs: Needs, free: Mapping[str, float]) -> int:
+    """How many engines fit in what a node has left; one that needs nothing fits once."""
+    # Ray counts in ten-thousandths; a sum of such parts may be a hair short of what it stands for.
+    return min((int(free.get(name, 0.0) / amount + 1e-6) for name, amount in needs.bundle().items()), default=1)
 
 
 def refuse_what_no_node_has(needs: Needs, nodes: Sequence[Mapping[str, float]]) -> None:

@@ -60,8 +60,8 @@ class RayEngine(OpenAIEngine):
         self._exited = heard
 
     async def start(self) -> None:
-        """Have Ray place it, and follow where it goes."""
-        self._cluster.keep_room(self.id, True)
+        """Have Ray place it, and follow where it goes. Raises `EngineError` if Ray does not answer."""
+        await asyncio.to_thread(self._cluster.keep_room, self.id, True)
         self._following = asyncio.create_task(self._follow(), name=f"follow {self.id}")
 
     async def stop(self) -> None:
@@ -71,9 +71,13 @@ class RayEngine(OpenAIEngine):
             await asyncio.gather(self._following, return_exceptions=True)
         self._ask_no_more()
         await super().stop()
-        self._cluster.keep_room(self.id, False)
-        if not self._has_actor:
-            return
+        if self._has_actor:
+            await self._end_in_order()
+        # Its node is free by now, and may go.
+        with contextlib.suppress(EngineError):
+            await asyncio.to_thread(self._cluster.keep_room, self.id, False)
+
+    async def _end_in_order(self) -> None:
         # Whatever Ray says to it, what comes next ends the actor. One that has no node yet would not answer.
         if self._where is not None:
             with contextlib.suppress(Exception):
@@ -134,8 +138,7 @@ class RayEngine(OpenAIEngine):
 
     def _found(self, found: Whereabouts | Refused | None) -> None:
         if found is None:
-            wanted = ", ".join(f"{name} {amount:g}" for name, amount in self._cluster.needs.bundle().items())
-            self._why_not = f"no node of the Ray cluster has room for it yet ({wanted or 'nothing'})"
+            self._why_not = f"no node of the Ray cluster has room for it yet ({self._cluster.needs})"
             return
         if isinstance(found, Refused):
             if found.is_used:

@@ -11,6 +11,7 @@ import time
 
 import msgspec
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from rota import __version__
 from rota.base.errors import RotaError
@@ -104,6 +105,8 @@ class EngineHost:
             await asyncio.sleep(0.1)
             if time.monotonic() - self._asked_at > self._lease_seconds:
                 await self._process.stop()
+                # The router that asked for room is gone. If there is another one, its engines hold their nodes anyway.
+                await asyncio.to_thread(request_resources, bundles=[])
                 await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor)
         await self._ended(self._process.given_up)
 
