@@ -1,7 +1,8 @@
 """What scaling is worth: instance-seconds against promises kept, on days made of a real trace and on a real hour.
 
-    python benchmarks/scaling.py            # under ten CPU minutes; writes benchmarks/results/scaling.json
-    python benchmarks/scaling.py --quick    # some arms only; writes nothing
+    python benchmarks/scaling.py                # under 15 CPU minutes; writes benchmarks/results/scaling.json
+    python benchmarks/scaling.py --only flat    # one load, written into the same file
+    python benchmarks/scaling.py --quick        # some arms only; writes nothing
 
 **azure**: a day made of the Azure trace of 2023 (chat requests of one hour, bursts as they were). The hour is
 repeated end to end and thinned by a day's curve: two humps, the night at an eighth of the noon. So arrivals, lengths
@@ -13,8 +14,13 @@ shown two days before the one that is measured.
 **mooncake**: the conversation trace as it is, one hour, Llama-3.1-8B on H100s (long prompts with shared prefixes).
 Promised: 5 s, 100 ms.
 
-**flat**: the negative control, as many requests as the azure day has, at a constant rate (Poisson). No policy can be
+**flat**: a negative control, as many requests as the azure day has, at a constant rate (Poisson). No policy can be
 better than the best fleet that stays.
+
+**controls** on the azure day, against the best forecasting setting: the sizes that its fleet had minute by minute, had
+again without looking at the demand (which must do as well), and the same sizes at the wrong moments, in random orders
+of stretches of ten minutes (which must do worse, or a gain was one of size alone, not of foresight); and the forecast
+from a history in random order, which says how much comes and not when.
 
 A promise is kept by a request that ended well with both times kept; attainment is their share of all that arrived on
 the day. Instance-seconds count from the order of each instance until it is gone, starts and drains included. Each
@@ -33,6 +39,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -229,6 +236,7 @@ def run(load: Load, arm: Arm) -> dict[str, Any]:
         "ttft_mean_seconds": round(sum(ttft(record) for record in day) / len(day), 3),
         "num_instances_min": min(sizes),
         "num_instances_max": max(sizes),
+        "num_instances_by_minute": " ".join(map(str, sizes)),
         **({} if counts is None else told(counts, load, first_day)),
         "cpu_seconds": round(time.process_time() - began, 1),
     }
@@ -348,6 +356,23 @@ def wrong(load: Load, best: Mapping[str, dict[str, Any]]) -> Iterator[Arm]:
         yield Arm(name, f"{found.setting}, starts take a minute more", name, found.parameters, start_up=slow)
 
 
+def controls(load: Load, best: Mapping[str, dict[str, Any]]) -> Iterator[Arm]:
+    """What the best forecasting setting gains by knowing when: without its moments, and without a history."""
+    found = best["forecast"]
+    sizes = [int(word) for word in found["num_instances_by_minute"].split()]
+    yield had_again("its sizes, at its moments", sizes)
+    for number in range(3):
+        stretches = [sizes[start : start + 10] for start in range(0, len(sizes), 10)]
+        Random(number).shuffle(stretches)
+        yield had_again(f"its sizes, in random order {number}", [size for stretch in stretches for size in stretch])
+    rate, season = float(found["setting"].split("/")[0]), round(DAY / BIN)
+    yield forecast(", history in random order", rate, "scaling_controls:Shuffled", season, name="control")
+
+
+def had_again(setting: str, sizes: list[int]) -> Arm:
+    return Arm("control", setting, "scaling_controls:SizesByMinute", {"sizes": sizes})
+
+
 def told_otherwise(start_up: StartUp, told_wrong: Duration) -> StartUp:
     return StartUp(start_up.cold, start_up.page_cache, start_up.spare, told_wrong=told_wrong)
 
@@ -379,21 +404,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=["azure", "mooncake", "flat"])
     options = parser.parse_args()
-    began = time.process_time()
-    found: dict[str, Any] = {}
     for name, load in loads().items():
         if options.only not in (None, name):
             continue
+        began = time.process_time()
         results = play(load, arms(load, options.quick))
         best = best_of(results)
-        misled: list[dict[str, Any]] = []
-        if name == "azure" and not options.quick:
-            misled = play(load, wrong(load, best))
-        found[name] = {"best": list(best.values()), "all": results, "start_up_wrong": misled}
         print_table(name, best)
-    if options.quick or options.only:
-        return
-    RESULTS.write_text(json.dumps({"provenance": provenance(began), "results": found}, indent=1) + "\n")
+        if options.quick:
+            continue
+        found: dict[str, Any] = {"best": list(best.values()), "all": results}
+        if name == "azure":
+            found["start_up_wrong"] = play(load, wrong(load, best))
+            found["controls"] = play(load, controls(load, best))
+        keep(name, {"provenance": provenance(name, began), **found})
+
+
+def keep(name: str, found: Mapping[str, Any]) -> None:
+    """Write what was found on a load in place of what the file has of it."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**results, name: found}, indent=1) + "\n")
 
 
 def print_table(name: str, best: Mapping[str, dict[str, Any]]) -> None:
@@ -407,9 +437,9 @@ def print_table(name: str, best: Mapping[str, dict[str, Any]]) -> None:
         )
 
 
-def provenance(began: float) -> dict[str, Any]:
+def provenance(name: str, began: float) -> dict[str, Any]:
     return {
-        "command": "python benchmarks/scaling.py",
+        "command": f"python benchmarks/scaling.py --only {name}",
         "rota_version": __version__,
         "seed": SEED,
         "goal": GOAL,
