@@ -42,6 +42,8 @@ class InstanceSample:
     running: tuple[SequenceReport, ...] = ()
     waiting: tuple[SequenceReport, ...] = ()
     max_num_seqs: int = 256
+    max_model_len: int = 131_072
+    max_num_batched_tokens: int = 2048
     is_draining: bool = False
     num_migrations: int = 0
     num_expected_requests: int = 0

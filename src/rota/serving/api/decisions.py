@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from rota.base.instant import Instant
 from rota.serving.model.instance import InstanceId, Role
 from rota.serving.model.request import RequestId
 
@@ -51,12 +52,16 @@ class Pick:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Whether a request may enter. `retry_after` is in seconds and set only on a refusal that may pass later."""
+    """Whether a request may enter. `retry_after_seconds` is set only on a refusal that may pass later."""
 
     admitted: bool
     reason: str
     status: int = 503
     retry_after_seconds: float | None = None
+    not_before: Instant | None = None
+    """When one that is let in may be dispatched, if not at once: later than now."""
+    instance_ids: tuple[InstanceId, ...] = ()
+    """Where one that is let in may go, if not anywhere. It holds for the first attempt, while one of them is ready."""
 
 
 @dataclass(frozen=True, slots=True)

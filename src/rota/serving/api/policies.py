@@ -178,7 +178,8 @@ class RoleFlipper(Protocol):
 
 @runtime_checkable
 class EndObserver(Protocol):
-    """A dispatch or order policy that wants to hear of ends, to learn how long answers are or to forget a request."""
+    """A dispatch, order or admission policy that wants to hear of ends, to learn how long answers are or to forget a
+    request. An admission policy hears also of those whom it let in and who were not taken after all."""
 
     def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
         """A request ended, in whatever way; with so many output tokens if it finished and its engine told. An order

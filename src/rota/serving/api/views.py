@@ -169,6 +169,16 @@ class InstanceView(Protocol):
         ...
 
     @property
+    def max_model_len(self) -> int:
+        """Prompt plus output tokens of one sequence, at most."""
+        ...
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Token budget of a step."""
+        ...
+
+    @property
     def is_draining(self) -> bool:
         """Whether it takes no new requests and should be emptied. Only migration policies are shown such."""
         ...

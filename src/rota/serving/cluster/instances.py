@@ -136,14 +136,14 @@ class InstanceBook:
         if self._max_outstanding is not None:
             ready = [ledger for ledger in ready if ledger.num_outstanding_requests < self._max_outstanding]
         elif num_tokens <= self._max_prompt_everywhere and not tracked.failures:
-            return self.ready_views
+            return _among(self.ready_views, tracked.only)
         fitting = [ledger for ledger in ready if num_tokens <= ledger.max_prompt_tokens]
         if tracked.num_resumptions:
             able = [each for each in fitting if Capability.RESUME_FROM_TOKENS in each.spec.capabilities]
             fitting = [ledger for ledger in able if ledger.num_resuming < max_resuming]
         failed = {instance_id for instance_id, _ in tracked.failures}
         views = [ledger.view for ledger in fitting]
-        return [view for view in views if view.id not in failed] or views
+        return [view for view in views if view.id not in failed] or views if failed else _among(views, tracked.only)
 
     @property
     def has_place(self) -> bool:
@@ -211,6 +211,11 @@ class InstanceBook:
             )
         if self._prefix_index is not None:
             self._prefix_index.check()
+
+
+def _among(views: Sequence[InstanceView], only: Sequence[InstanceId]) -> Sequence[InstanceView]:
+    """Those that a request may go to by the terms on which it was let in; all of them where none of those is there."""
+    return ([view for view in views if view.id in only] or views) if only else views
 
 
 def _by_id(ledgers: Iterable[InstanceLedger]) -> tuple[InstanceLedger, ...]:

@@ -197,6 +197,14 @@ class InstanceReading:
         return self._ledger.spec.limits.max_num_seqs
 
     @property
+    def max_model_len(self) -> int:
+        return self._ledger.spec.limits.max_model_len
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self._ledger.spec.limits.max_num_batched_tokens
+
+    @property
     def is_draining(self) -> bool:
         return self._ledger.state == InstanceState.DRAINING
 

@@ -10,9 +10,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import assert_never
 
-from rota.base.errors import ConfigError, LawBroken
-from rota.base.instant import Duration, Instant, seconds
+from rota.base.errors import ConfigError, LawBroken, PolicyError
+from rota.base.instant import Duration, Instant, seconds, to_seconds
 from rota.serving.api import (
+    Admission,
     AdmissionPolicy,
     DispatchPolicy,
     FleetRules,
@@ -23,8 +24,10 @@ from rota.serving.api import (
     QueueRules,
     ScalingPolicy,
 )
-from rota.serving.cluster.answers import ask_admission, ask_dispatch
+from rota.serving.cluster.answers import ask_dispatch
 from rota.serving.cluster.decode_places import DecodePlaces
+from rota.serving.cluster.delays import Delays
+from rota.serving.cluster.door import Door
 from rota.serving.cluster.flips import RoleFlips
 from rota.serving.cluster.instances import InstanceBook
 from rota.serving.cluster.lifecycles import REQUEST_LIFECYCLE, InstanceState, RequestState
@@ -129,7 +132,6 @@ class ClusterMachine:
         if max_resuming_per_instance < 1:
             raise ConfigError(f"max_resuming_per_instance must be at least 1, not {max_resuming_per_instance}")
         self._dispatch_policy = dispatch
-        self._admission_policy = admission
         self._retries = RetryRule(max_attempts, max_resumptions)
         self._max_resuming = max_resuming_per_instance
         self._retry_after = retry_after
@@ -138,12 +140,14 @@ class ClusterMachine:
         self._now: Instant | None = None
         self._requests: dict[RequestId, TrackedRequest] = {}
         self._queue = RouterQueue(queue, order)
+        self._delays = Delays()
         self._recent: OrderedDict[RequestId, None] = OrderedDict()
         self._num_arrived = 0
         self._num_ended = dict.fromkeys(REQUEST_LIFECYCLE.final, 0)
         self._num_resumed = 0
 
         self._instances = InstanceBook(prefix_index, self._queue.max_outstanding)
+        self._door = Door(admission, self._instances)
         self._migrations = MigrationBook(self._instances, migration_limits)
         self._decode_places = DecodePlaces(dispatch, self._instances, self._migrations)
         self._flips = RoleFlips(dispatch, self._instances, self._migrations)
@@ -218,9 +222,9 @@ class ClusterMachine:
 
     def next_deadline(self) -> Instant | None:
         held_at = self._queue.next_deadline()
-        if not self._rounds.ask_every and not self._migrations.moving:
+        if not self._rounds.ask_every and not self._migrations.moving and not self._delays:
             return held_at
-        deadlines = (held_at, self._migrations.next_deadline(), self._rounds.ask_at)
+        deadlines = (held_at, self._delays.next_at(), self._migrations.next_deadline(), self._rounds.ask_at)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def expire(self, now: Instant) -> Sequence[ClusterCommand]:
@@ -230,6 +234,8 @@ class ClusterMachine:
         commands = self._migrations.expire(now)
         waited = f"no instance could take the request within {self._queue.rules.timeout_seconds:g} s"
         commands += [self._give_up(self._requests[each], waited) for each in self._queue.overdue(now)]
+        for request_id in self._delays.due(now):
+            commands += self._place(self._requests[request_id], now)
         begun = [self._migrations.begin(move, self._requests.get(move.request_id), now) for move in moves]
         commands += [each for each in begun if isinstance(each, Migrate)]
         if self.fleet is not None:
@@ -247,7 +253,7 @@ class ClusterMachine:
         self._migrations.check(self._requests)
         if self.fleet is not None:
             self.fleet.check()
-        self._queue.check(self._requests)
+        self._queue.check(self._requests, self._delays.ids)
         if len(self._recent) > self._num_recent:
             raise LawBroken(f"law 12: {len(self._recent)} ended requests are remembered, {self._num_recent} may be")
 
@@ -286,18 +292,23 @@ class ClusterMachine:
         if request.arrived_at > now:
             raise LawBroken(f"law 5: request {request.id} arrived at {request.arrived_at}, after now ({now})")
         tracked = TrackedRequest(request)
-        refusal = self._refusal_at_the_door(tracked, now)
-        candidates = self._candidates(tracked) if refusal is None else ()
-        if refusal is None and not candidates and len(self._queue) >= self._queue.rules.max_held:
-            refusal = Reject(
-                request.id,
-                f"no instance can take the request and {len(self._queue)} others wait for one already",
-                503,
-                self._retry_after,
-            )
-        pick = None
+        answer = self._door.ask(request, len(self._requests), now)
+        refusal = answer if isinstance(answer, Reject) else None
+        candidates: Sequence[InstanceView] = ()
+        not_before = pick = None
+        if isinstance(answer, Admission):
+            tracked.admission, tracked.only, not_before = answer.reason, answer.instance_ids, answer.not_before
+            candidates = self._candidates(tracked) if not_before is None else ()
+            num_waiting = len(self._queue) + len(self._delays)
+            if not candidates and num_waiting >= self._queue.rules.max_held:
+                reason = f"no instance can take the request and {num_waiting} others wait for one already"
+                refusal = Reject(request.id, reason, 503, self._retry_after)
         if candidates and not self._queue.is_ordered:
-            pick = ask_dispatch(self._dispatch_policy, request, candidates, now)
+            try:
+                pick = ask_dispatch(self._dispatch_policy, request, candidates, now)
+            except PolicyError:
+                self._door.ended(request, None)
+                raise
 
         self._num_arrived += 1
         self._requests[request.id] = tracked
@@ -306,29 +317,11 @@ class ClusterMachine:
         if refusal is not None:
             self._end(tracked, "rejected")
             return (refusal,)
-        if pick is None:
-            return self._place(tracked, now)
-        return (self._dispatch(tracked, pick),)
-
-    def _refusal_at_the_door(self, tracked: TrackedRequest, now: Instant) -> Reject | None:
-        request = tracked.request
-        largest = self._instances.max_prompt_anywhere
-        if largest is not None and request.num_prompt_tokens > largest:
-            return self._never_fits(request)
-        ready = self._instances.ready_views
-        admission = ask_admission(self._admission_policy, request, ready, len(self._requests), now)
-        if admission.admitted:
-            tracked.admission = admission.reason
-            return None
-        delay = admission.retry_after_seconds
-        return Reject(request.id, admission.reason, admission.status, None if delay is None else seconds(delay))
-
-    def _never_fits(self, request: Request) -> Reject:
-        reason = (
-            f"the prompt has {request.num_prompt_tokens} tokens, and the largest instance takes at most "
-            f"{self._instances.max_prompt_anywhere} with room for one token of output"
-        )
-        return Reject(request.id, reason, 400)
+        if not_before is not None:
+            self._delays.add(request.id, not_before)
+            admission, tracked.admission = tracked.admission, ""
+            return (Hold(request.id, f"its turn comes in {to_seconds(not_before - now):g} s", admission),)
+        return self._place(tracked, now) if pick is None else (self._dispatch(tracked, pick),)
 
     def _candidates(self, tracked: TrackedRequest) -> Sequence[InstanceView]:
         return self._instances.candidates(tracked, self._max_resuming)
@@ -386,7 +379,7 @@ class ClusterMachine:
                 return Tried.WENT
             if tracked.request.num_prompt_tokens > (self._instances.max_prompt_anywhere or 0):
                 self._end(tracked, "rejected")
-                commands.append(self._never_fits(tracked.request))
+                commands.append(self._door.never_fits(tracked.request))
                 return Tried.PASSED_OVER
             return Tried.FULL if self._instances.is_full_for(tracked) else Tried.PASSED_OVER
 
@@ -448,6 +441,8 @@ class ClusterMachine:
         self._num_ended[tracked.state] += 1
         self._instances.release(tracked)
         self._queue.ended(tracked.request, num_output_tokens)
+        self._delays.discard(request_id)
+        self._door.ended(tracked.request, num_output_tokens)
         del self._requests[request_id]
         self._decode_places.ended(tracked.request, num_output_tokens)
         self._recent[request_id] = None

@@ -1,7 +1,7 @@
 """The router's queue: who is held, for how long, in which order they go, and how many an instance is given at once."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from collections.abc import Sequence as SequenceOf
 from enum import Enum, auto
 from operator import attrgetter
@@ -144,14 +144,18 @@ class RouterQueue:
             found.append(request_id)
         return found
 
-    def check(self, requests: dict[RequestId, TrackedRequest]) -> None:
-        """Law 6: whoever is queued is held with a deadline, and stands in the order policy's queue. Law 12."""
+    def check(self, tracked_by_id: dict[RequestId, TrackedRequest], delayed: Set[RequestId]) -> None:
+        """Law 6: whoever is queued is held with a deadline, or delayed to an instant of its own, and stands in the
+        order policy's queue. Law 12."""
+        requests = {each: tracked for each, tracked in tracked_by_id.items() if each not in delayed}
+        if any(tracked_by_id[each].state != RequestState.QUEUED for each in delayed) or delayed & self._held.keys():
+            raise LawBroken(f"law 6: of {sorted(delayed)}, who are delayed, some are elsewhere too")
         queued = {request_id for request_id, tracked in requests.items() if tracked.state == RequestState.QUEUED}
         if queued != self._held.keys():
             lost = ", ".join(sorted(queued ^ self._held.keys()))
             raise LawBroken(f"law 6: queued and held with a deadline are not the same requests: {lost}")
         num_new = sum(not requests[request_id].num_attempts for request_id in self._held)
-        if num_new > self.rules.max_held:
+        if num_new + len(delayed) > self.rules.max_held:
             raise LawBroken(f"law 12: {num_new} arrivals are held, {self.rules.max_held} may be")
         if self._order is not None:
             waiting = {each.id for each in self._waiting}

@@ -55,6 +55,7 @@ class TrackedRequest:
         "num_attempts",
         "num_output_tokens",
         "num_resumptions",
+        "only",
         "prefill_only",
         "request",
         "state",
@@ -70,6 +71,8 @@ class TrackedRequest:
         """What the client had got when the last attempt failed; the next one goes on from there."""
         self.admission = ""
         """Why it was let in, until a command has said so."""
+        self.only: tuple[InstanceId, ...] = ()
+        """Where it may go while nothing failed and one of them is ready; empty is anywhere."""
         self.failures: tuple[tuple[InstanceId, str], ...] = ()
         self.prefill_only = False
         """Whether it is to decode elsewhere, and the next token has not come yet."""

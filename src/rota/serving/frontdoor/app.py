@@ -1,6 +1,7 @@
 """The OpenAI API in front of a live cluster: routes, answers, errors."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -226,7 +227,7 @@ class _Conversation:
 
     def on_refused(self, status: int, reason: str, retry_after: Duration | None) -> None:
         self._door.telemetry.rejections.labels(str(status)).inc()
-        seconds = None if retry_after is None else max(1, round(to_seconds(retry_after)))
+        seconds = None if retry_after is None else max(1, math.ceil(to_seconds(retry_after)))
         self._problem(Problem(status, reason, code="rejected", retry_after_seconds=seconds))
 
     def on_failed(self, reason: str, answer: Answer | None) -> None:

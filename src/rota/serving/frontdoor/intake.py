@@ -70,14 +70,16 @@ class Intake:
             body, messages = bodies.read_chat(http.body)
             prompt, tools = bytes(body.messages), bytes(body.tools)
             num_tokens = prompts.num_message_tokens(messages)
-            max_tokens = body.max_completion_tokens or body.max_tokens or self._default_max_tokens
+            declared = body.max_completion_tokens or body.max_tokens
+            max_tokens = declared or self._default_max_tokens
             if body.stream and self._resume:
                 movable = chat_travels(http.body, messages)
         else:
             body, parsed = bodies.read_completion(http.body)
             prompt, tools = bytes(body.prompt), b""
             num_tokens = prompts.num_prompt_tokens(parsed)
-            max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+            declared = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+            max_tokens = declared
             if body.stream and self._resume:
                 movable = completion_travels(http.body, parsed)
         priority, salt, raw = _priority(identity, body), body.cache_salt, http.body
@@ -103,6 +105,7 @@ class Intake:
                 prompt, num_tokens, (body.model or "").encode(), (salt or "").encode(), tools
             ),
             hash_block_tokens=prompts.TOKENS_PER_BLOCK,
+            declares_max_tokens=declared is not None,
             movable=movable,
         )
         return EngineCall(

@@ -64,6 +64,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     hash_block_tokens: int | None = None
     """Tokens that each of `block_hashes` stands for; of the last, as many as the prompt has. None: a full block of the
     engine each."""
+    declares_max_tokens: bool = True
+    """Whether the client said `max_tokens`; otherwise it is a guess, and the engine goes on for as long as it can."""
     movable: bool = True
     """Whether it can go on at another instance once it has begun. False where something of it does not travel, such as
     the state of a seeded draw."""

@@ -4,6 +4,9 @@ from rota.base.registry import Registry
 
 ADMISSION: Registry = Registry(
     "admission policy",
-    {"bounded_queue": "rota.serving.policies.admission.bounded_queue:BoundedQueue"},
+    {
+        "bounded_queue": "rota.serving.policies.admission.bounded_queue:BoundedQueue",
+        "tenant_limits": "rota.serving.policies.admission.tenant_limits:TenantLimits",
+    },
     entry_point_group="rota.admission",
 )
