@@ -17,7 +17,7 @@ from rota.serving.stack import REGISTRIES, StackConfig
 
 ROUTER_KINDS = ("dispatch", "admission", "migration", "scaling")
 _HOST_SIMULATOR, _HOST_VLLM, _HOST_ROUTER = "simulator", "vLLM 0.32", "router"
-_SERVICES = {"stream", "predictor", "lengths", "quick_lengths"}
+_SERVICES = {"stream", "predictor", "lengths", "quick_lengths", "step_time", "step_overhead"}
 """Constructor parameters that assembly fills in, never a user."""
 _PREDICTORS = {"lengths": Declared(), "quick_lengths": Declared()}
 """For orders that predict: which predictor they get makes no difference to who can host them."""

@@ -47,6 +47,7 @@ from rota.serving.policies.order import ORDER
 from rota.serving.policies.scaling import SCALING
 from rota.serving.predictors.demand import DEMAND
 from rota.serving.predictors.length import LENGTH
+from rota.serving.predictors.step_time.profiles import DEFAULT_PROFILE, load_profile
 
 REGISTRIES: Mapping[str, Registry] = {
     "order": ORDER,
@@ -73,6 +74,8 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     demand: dict[str, Any] = {}
     length: dict[str, Any] = {}
     quick_length: dict[str, Any] = {}
+    profile: str = DEFAULT_PROFILE
+    """Of the engines, where a policy of the router predicts their steps."""
 
 
 class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -157,7 +160,7 @@ def cluster_policies(config: StackConfig, streams: RandomStreams) -> ClusterPoli
     """Build the policies for the router. A policy that names `stream` in its constructor gets one of its own."""
     return ClusterPolicies(
         dispatch=_create("dispatch", config, {"stream": streams.stream("dispatch")}),
-        admission=_create("admission", config, {}),
+        admission=_create("admission", config, _step_times_of(config)),
         migration=_create("migration", config, {}),
         scaling=_create("scaling", config, _predictor_of(config)),
         order=_create("order", config, _length_predictors(config, LIVE))
@@ -195,6 +198,12 @@ def _length_predictors(config: StackConfig, host: LengthServices) -> Mapping[str
         parameters = getattr(config.parameters, kind)
         given[service] = host.watched(name, LENGTH.create(name, parameters, services=services, where=where))
     return given
+def _step_times_of(config: StackConfig) -> Mapping[str, object]:
+    """An admission policy that names `step_time` in its constructor gets the predictor of a profile."""
+    if "step_time" not in inspect.signature(ADMISSION.load(config.admission, where="stack: admission")).parameters:
+        return {}
+    profile = load_profile(config.parameters.profile)
+    return {"step_time": profile.predictor(), "step_overhead": profile.step_overhead()}
 
 
 def refuse_missing(

@@ -7,6 +7,7 @@ from rota.base.instant import Instant, seconds
 from rota.serving.api import Admission, Request, RequestId
 from rota.serving.policies.admission import ADMISSION
 from rota.serving.policies.admission.bounded_queue import BoundedQueue
+from rota.serving.predictors.step_time.affine import AffineStepTime
 from rota.testing.admission import check_admission_policy
 from rota.testing.dispatch import ClusterSample
 
@@ -19,7 +20,7 @@ def at(now_seconds):
 
 @pytest.mark.parametrize("name", ADMISSION.table)
 def test_keeps_the_contract(name):
-    check_admission_policy(lambda: ADMISSION.create(name))
+    check_admission_policy(lambda: ADMISSION.create(name, services={"step_time": AffineStepTime()}))
 
 
 def answering(admission):

@@ -1,0 +1,189 @@
+"""What is promised is kept where step times are exact, refusals say why, and the sheddable go first."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rota.base.errors import ConfigError
+from rota.base.instant import Duration, Instant, milliseconds, seconds
+from rota.serving.api import Admission, InstanceId, Request, RequestId, StepTimePredictor
+from rota.serving.assemble import SystemConfig
+from rota.serving.model.instance import InstanceLimits, InstanceSpec
+from rota.serving.model.request import SLO
+from rota.serving.policies.admission.deadline_admission import DeadlineAdmission
+from rota.serving.predictors.step_time.affine import AffineStepTime
+from rota.serving.sim.cluster import SimulatedCluster
+from rota.serving.stack import Parameters, StackConfig
+from rota.testing.dispatch import ClusterSample, InstanceSample
+
+STEPS = AffineStepTime(base_ms=10.0, token_us=100.0, kv_token_ns=100.0, seq_us=10.0)
+A, B = InstanceId("a"), InstanceId("b")
+SLOW = InstanceSample(A, max_num_batched_tokens=100)
+
+
+def asked(number: int = 0, num_prompt_tokens: int = 100, max_tokens: int = 10, **more: Any) -> Request:
+    return Request(RequestId(f"r{number}"), Instant(0), num_prompt_tokens, max_tokens, **more)
+
+
+def policy(**parameters: Any) -> DeadlineAdmission:
+    return DeadlineAdmission(**{"step_time": STEPS, "ttft_seconds": 1.0, **parameters})
+
+
+def ask(asking: DeadlineAdmission, request: Request, *instances: InstanceSample, now: float = 0) -> Admission:
+    return asking.admit(request, ClusterSample(Instant(seconds(now)), instances or (SLOW,)), 0)
+
+
+def filled(asking: DeadlineAdmission, num: int, **of_request: Any) -> list[Admission]:
+    """Ask for so many, with the router's own count kept as a router keeps it."""
+    answers = []
+    for number in range(num):
+        num_in = sum(each.admitted for each in answers)
+        num_tokens = num_in * of_request.get("num_prompt_tokens", 100)
+        view = InstanceSample(
+            A, max_num_batched_tokens=100, num_outstanding_requests=num_in, num_outstanding_tokens=num_tokens
+        )
+        answers.append(ask(asking, asked(number, **of_request), view))
+    return answers
+
+
+def play(asking: StackConfig, arrivals: list[tuple[Request, int]], steps: StepTimePredictor = STEPS) -> list[Any]:
+    limits = InstanceLimits(num_blocks=400, max_num_seqs=24, max_num_batched_tokens=256)
+    instances = tuple(InstanceSpec(each, limits) for each in (A, B))
+    cluster = SimulatedCluster(SystemConfig(asking, instances), arrivals, steps)
+    # The world's step times are those that the policy is told of.
+    cluster.cluster._door._policy._step_time = STEPS  # type: ignore[attr-defined]
+    cluster.cluster._door._policy._step_overhead = Duration(0)  # type: ignore[attr-defined]
+    cluster.run()
+    cluster.cluster.check()
+    return cluster.records
+
+
+def stack(admission: str, **parameters: Any) -> StackConfig:
+    return StackConfig(
+        admission=admission, dispatch="least_outstanding_tokens", parameters=Parameters(admission=parameters)
+    )
+
+
+SERIES = st.lists(
+    st.tuples(st.integers(0, 120), st.integers(1, 900), st.integers(1, 60), st.sampled_from([300, 800, 3000])),
+    min_size=1,
+    max_size=60,
+)
+
+
+@settings(max_examples=60)
+@given(series=SERIES)
+def test_with_exact_step_times_and_lengths_every_promise_is_kept(series: list[tuple[int, int, int, int]]) -> None:
+    now, arrivals = 0, []
+    for number, (passed, num_prompt, num_output, ttft) in enumerate(series):
+        now += milliseconds(passed)
+        slo = SLO(ttft=milliseconds(ttft), tpot=milliseconds(80))
+        arrivals.append(
+            (Request(RequestId(f"r{number:02}"), Instant(now), num_prompt, num_output, slo=slo), num_output)
+        )
+    records = {each.id: each for each in play(stack("deadline_admission"), arrivals)}
+    for request, num_output in arrivals:
+        record = records[request.id]
+        assert record.status in ("finished", "rejected")
+        if record.status == "finished":
+            assert record.first_token_at - request.arrived_at <= request.slo.ttft
+            assert record.finished_at - record.first_token_at <= request.slo.tpot * (num_output - 1)
+
+
+def flood() -> list[tuple[Request, int]]:
+    slo = SLO(ttft=milliseconds(800), tpot=milliseconds(80))
+    return [(Request(RequestId(f"r{n:03}"), Instant(n * milliseconds(20)), 400, 40, slo=slo), 40) for n in range(200)]
+
+
+def test_under_overload_promises_are_kept_that_a_router_without_them_breaks() -> None:
+    def num_late(records: list[Any]) -> int:
+        done = [each for each in records if each.status == "finished"]
+        assert len(done) > 20
+        return sum(each.first_token_at - each.arrived_at > milliseconds(800) for each in done)
+
+    assert num_late(play(stack("deadline_admission"), flood())) == 0
+    limits = InstanceLimits(num_blocks=400, max_num_seqs=24, max_num_batched_tokens=256)
+    instances = tuple(InstanceSpec(each, limits) for each in (A, B))
+    free = SimulatedCluster(SystemConfig(stack("bounded_queue"), instances), flood(), STEPS)
+    free.run()
+    assert num_late(free.records) > 50
+
+
+def test_an_engine_that_is_slower_than_predicted_breaks_promises_and_a_margin_saves_them() -> None:
+    slower = AffineStepTime(base_ms=20.0, token_us=200.0, kv_token_ns=200.0, seq_us=20.0)
+
+    def num_late(margin: float) -> int:
+        records = play(stack("deadline_admission", margin=margin), flood(), slower)
+        done = [each for each in records if each.status == "finished"]
+        return sum(each.first_token_at - each.arrived_at > milliseconds(800) for each in done)
+
+    assert num_late(0.0) > 0
+    assert num_late(1.5) == 0
+
+
+def test_a_refusal_says_what_was_predicted_and_when_to_come_back() -> None:
+    answers = filled(policy(), 60)
+    refused = [each for each in answers if not each.admitted]
+    assert answers[0].admitted
+    assert refused
+    assert refused[0].status == 503
+    assert "1 s is the target" in refused[0].reason
+    assert refused[0].retry_after_seconds is not None
+    assert answers[0].instance_ids == (A,)
+
+
+def test_targets_that_an_empty_instance_misses_can_never_be_kept() -> None:
+    answer = ask(policy(), asked(slo=SLO(ttft=milliseconds(1))))
+    assert (answer.admitted, answer.status, answer.retry_after_seconds) == (False, 400, None)
+    assert ask(policy(), asked(slo=SLO(tpot=milliseconds(5)))).status == 400
+
+
+def test_a_newcomer_may_not_slow_down_who_was_promised_a_pace() -> None:
+    asking = policy()
+    wide = InstanceSample(A, max_num_batched_tokens=1000)
+    assert ask(asking, asked(0, 1000, slo=SLO(tpot=milliseconds(200))), wide).admitted
+    longer = asked(1, 10_000, slo=SLO(ttft=seconds(60)))
+    one = InstanceSample(A, max_num_batched_tokens=1000, num_blocks=10**6, num_outstanding_requests=1)
+    assert ask(asking, longer, one).admitted
+    crowd = asked(2, 10**6, slo=SLO(ttft=seconds(600)))
+    answer = ask(asking, crowd, InstanceSample(A, max_num_batched_tokens=1000, num_blocks=10**6, max_model_len=10**7))
+    assert "were promised" in answer.reason
+
+
+def test_the_sheddable_are_refused_first() -> None:
+    def num_in(priority: int) -> int:
+        return sum(each.admitted for each in filled(policy(), 100, priority=priority))
+
+    assert 0 < num_in(1) < num_in(0) == num_in(-3)
+    assert "shed first" in filled(policy(), 100, priority=1)[-1].reason
+    assert sum(each.admitted for each in filled(policy(sheddable_from=5), 100, priority=1)) == num_in(0)
+
+
+def test_the_best_instance_is_promised_and_remembered_until_the_end() -> None:
+    asking = policy()
+    views = (InstanceSample(A, max_num_batched_tokens=100), InstanceSample(B, max_num_batched_tokens=100))
+    places = [ask(asking, asked(number), *views).instance_ids for number in range(4)]
+    assert places == [(A,), (B,), (A,), (B,)] or len(set(places)) == 2
+    for number in range(4):
+        asking.request_ended(asked(number), 5)
+    assert not asking._place_of
+    assert all(not each.promises and not each.num_kv_tokens for each in asking._places.values())
+    assert asking.admit(asked(9), ClusterSample(Instant(0), ()), 0).instance_ids == ()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"margin": -0.1},
+        {"ttft_seconds": 0},
+        {"tpot_ms": 0},
+        {"step_tokens": 0},
+        {"sheddable_share": 0},
+        {"fit_slack": -1},
+    ],
+)
+def test_bad_parameters_are_named(parameters: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(parameters))):
+        policy(**parameters)
