@@ -198,6 +198,8 @@ def _length_predictors(config: StackConfig, host: LengthServices) -> Mapping[str
         parameters = getattr(config.parameters, kind)
         given[service] = host.watched(name, LENGTH.create(name, parameters, services=services, where=where))
     return given
+
+
 def _step_times_of(config: StackConfig) -> Mapping[str, object]:
     """An admission policy that names `step_time` in its constructor gets the predictor of a profile."""
     if "step_time" not in inspect.signature(ADMISSION.load(config.admission, where="stack: admission")).parameters:
