@@ -1,27 +1,37 @@
 """What other servers say on the wire, byte for byte, and what the router makes of it.
 
-Ollama's answers are written from its source (openai/openai.go and middleware/openai.go, August 2026).
+Ollama's answers are written from its source (openai/openai.go and middleware/openai.go, August 2026). SGLang's, in the
+folder `dialects`, were recorded from SGLang 0.5.23 on a CPU; of its metrics those lines that tell of load, with two
+requests running and one waiting.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 import pytest
 
+from rota.base.errors import EngineError
+from rota.serving.engines.http_client import HttpClient
 from rota.serving.engines.openai import OpenAIEngine
 from rota.serving.frontdoor.serve import Router
 from rota.testing.router import running_router
 from rota.testing.scripted import Script, ScriptedServer, engines_of, framed, scripted
 
 QUESTION = [{"role": "user", "content": "hi"}]
+RECORDINGS = Path(__file__).with_name("dialects") / "sglang"
 
 
 def answer(status: str, content_type: str, body: bytes) -> bytes:
     head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
+
+
+def recorded(name: str) -> bytes:
+    return (RECORDINGS / name).read_bytes()
 
 
 def stream(*events: bytes) -> bytes:
@@ -78,6 +88,14 @@ OLLAMA_NO_MODEL = answer(
     "application/json",
     b'{"error":{"message":"model \'llama9\' not found","type":"not_found_error","param":null,"code":null}}\n',
 )
+
+SGLANG_GETS = {
+    b"/health": recorded("ping.http"),
+    b"/ping": recorded("ping.http"),
+    b"/v1/models": recorded("models.http"),
+    b"/metrics": answer("200 OK", "text/plain; version=0.0.4; charset=utf-8", recorded("metrics.txt")),
+}
+ILL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
 
 
 @dataclass
@@ -164,5 +182,77 @@ async def test_a_stream_in_the_smallest_pieces_counts_as_whole() -> None:
             await asyncio.sleep(0.01)
 
     async with behind(OLLAMA_GETS, dribbles) as ollama:
-        chunks = await ollama.client.chat.completions.create(model="smollm2:135m", messages=QUESTION, stream=True)
-        assert [chunk.choices[0].finish_reason async for chunk in chunks] == [None, "stop"]
+        client = HttpClient(f"http://127.0.0.1:{ollama.router.door.server.port}")
+        body = b'{"model":"smollm2:135m","messages":[{"role":"user","content":"hi"}],"stream":true}'
+        streamed = await client.fetch("POST", "/v1/chat/completions", timeout_seconds=10, body=body)
+        client.close()
+        assert streamed.endswith(b"data: [DONE]\n\n"), "and no error after it"
+
+
+@pytest.mark.asyncio
+async def test_sglang_answers_whole() -> None:
+    async with behind(SGLANG_GETS, says(recorded("chat.http"))) as sglang:
+        assert [model.id async for model in sglang.client.models.list()] == ["smollm2-135m"]
+        whole = await sglang.client.chat.completions.create(model="smollm2-135m", messages=QUESTION)
+        assert whole.choices[0].message.content == "Hello there! How"
+        assert b"rota:generation_tokens_total 4.0" in sglang.router.door.telemetry.page()
+
+
+@pytest.mark.parametrize("name", ["chat_stream.http", "text_stream.http"])
+@pytest.mark.asyncio
+async def test_what_sglang_streams_passes_as_it_came(name: str) -> None:
+    async with behind(SGLANG_GETS, says(recorded(name))) as sglang:
+        client = HttpClient(f"http://127.0.0.1:{sglang.router.door.server.port}")
+        body = b'{"model":"smollm2-135m","messages":[{"role":"user","content":"hi"}],"stream":true}'
+        streamed = await client.fetch("POST", "/v1/chat/completions", timeout_seconds=10, body=body)
+        client.close()
+        _, _, framed_events = recorded(name).partition(b"\r\n\r\n")
+        events = [line for line in framed_events.split(b"\r\n") if line.startswith(b"data: ")]
+        assert streamed == b"".join(events)
+        assert b"rota:generation_tokens_total 4.0" in sglang.router.door.telemetry.page()
+
+
+@pytest.mark.asyncio
+async def test_sglangs_load_and_size_are_read_from_its_metrics() -> None:
+    async with behind(SGLANG_GETS, says(recorded("chat.http"))) as sglang:
+        report = await sglang.engines[0].report()
+        assert report is not None
+        assert (report.num_running, report.num_waiting) == (2, 1)
+        assert (report.num_blocks, report.num_free_blocks) == (8192 // 16, 8192 // 16), "27 of 8192 tokens are used"
+
+
+@pytest.mark.asyncio
+async def test_a_busy_sglang_is_not_taken_for_ill() -> None:
+    """Its /health generates a token, behind everything that it computes before; /ping says that the server lives."""
+    async with scripted(says(recorded("chat.http"))) as (server,):
+        server.gets = SGLANG_GETS | {b"/ping": ILL}
+        (engine,) = await engines_of([server])
+        await engine.probe()
+        server.gets = SGLANG_GETS | {b"/health": ILL}
+        await engine.probe()
+        server.gets = SGLANG_GETS | {b"/health": ILL, b"/ping": ILL}
+        with pytest.raises(EngineError, match="/ping: answered 503"):
+            await engine.probe()
+        server.gets = SGLANG_GETS | {b"/health": ILL}
+        with pytest.raises(EngineError, match="/health: answered 503"):
+            await engine.probe()
+        server.gets = SGLANG_GETS
+        await engine.probe()
+        await engine.stop()
+
+
+@pytest.mark.asyncio
+async def test_an_old_sglang_without_a_ping_is_well() -> None:
+    async with scripted(says(recorded("chat.http"))) as (server,):
+        server.gets = {path: said for path, said in SGLANG_GETS.items() if path != b"/ping"}
+        (engine,) = await engines_of([server])
+        for _ in range(3):
+            await engine.probe()
+        await engine.stop()
+
+
+@pytest.mark.asyncio
+async def test_sglangs_own_refusal_comes_back() -> None:
+    async with behind(SGLANG_GETS, says(recorded("too_long.http"))) as sglang:
+        with pytest.raises(openai.BadRequestError, match="longer than the model's context length"):
+            await sglang.client.completions.create(model="smollm2-135m", prompt="hi")

@@ -37,6 +37,8 @@ _RUNNING = (b"vllm:num_requests_running", b"sglang:num_running_reqs", b"llamacpp
 _WAITING = (b"vllm:num_requests_waiting", b"sglang:num_queue_reqs", b"llamacpp:requests_deferred")
 _USAGE = (b"vllm:kv_cache_usage_perc", b"sglang:token_usage", b"llamacpp:kv_cache_usage_ratio")
 _PREEMPTIONS = (b"vllm:num_preemptions_total",)
+_TOKENS_HELD = (b"sglang:max_total_num_tokens",)
+"""How many tokens its KV memory holds."""
 
 
 class _Models(msgspec.Struct):
@@ -95,7 +97,7 @@ class OpenAIEngine:
             if self._status is None:
                 self._status = await self._ask_status()
         except EngineError:
-            self._status = None
+            self._status, self._health_path = None, "/health"
             raise
         return self._status
 
@@ -164,7 +166,7 @@ class OpenAIEngine:
         try:
             await self._get(self._health_path)
         except EngineError as error:
-            if self._health_path != "/health" or "answered 404" not in error.message:
+            if self._health_path == "/v1/models" or "answered 404" not in error.message:
                 raise
             # Not every server has the endpoint; then its list of models does.
             self._health_path = "/v1/models"
@@ -175,6 +177,10 @@ class OpenAIEngine:
             models = tuple(_models(await self._get("/v1/models")).data or ())
         except msgspec.MsgspecError as error:
             raise EngineError(f"{self.client.url}/v1/models: not a list of models: {error}") from None
+        if any(model.get("owned_by") == "sglang" for model in models):
+            # Its /health generates a token, behind all that is computed before it: once it was well, that says how busy
+            # it is. A long prompt would pass for a server that hangs.
+            self._health_path = "/ping"
         num_blocks, block_size = _UNKNOWN_BLOCKS, 16
         try:
             text = await self._get("/metrics")
@@ -187,6 +193,9 @@ class OpenAIEngine:
             labels = dict(_LABEL.findall(config.group(1))) if config else {}
             num_blocks = _whole(labels.get(b"num_gpu_blocks")) or num_blocks
             block_size = _whole(labels.get(b"block_size")) or block_size
+            tokens_held = _first(_samples(text), _TOKENS_HELD)
+            if tokens_held is not None and block_size <= tokens_held < float("inf"):
+                num_blocks = int(tokens_held) // block_size
         # Prompt lengths are estimates here, so no bound on the model's length is set: the engine itself refuses what is
         # too long, by the true count.
         limits = InstanceLimits(num_blocks=num_blocks, block_size=block_size, max_model_len=_UNKNOWN_MODEL_LEN)
@@ -236,7 +245,7 @@ class _Passing:
 
 def _samples(text: bytes) -> dict[bytes, float]:
     """Values by name, summed over label sets."""
-    wanted = {*_RUNNING, *_WAITING, *_USAGE, *_PREEMPTIONS}
+    wanted = {*_RUNNING, *_WAITING, *_USAGE, *_PREEMPTIONS, *_TOKENS_HELD}
     values: dict[bytes, float] = {}
     for name, value in _SAMPLE.findall(text):
         if name in wanted:
