@@ -1,5 +1,6 @@
 """Go where the prefix is cached, unless that instance is overloaded."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from rota.base.errors import ConfigError
@@ -12,7 +13,7 @@ from rota.serving.api import (
     Pick,
     Request,
 )
-from rota.serving.policies.dispatch.scoring import least_loaded, load_scores
+from rota.serving.policies.dispatch.scoring import equally_least_loaded, least_loaded, load_scores
 
 
 class PrefixThenLoad:
@@ -74,9 +75,9 @@ class PrefixThenLoad:
 
     def _next_least_loaded(self, instances: Sequence[InstanceView]) -> InstanceView:
         """One with the fewest outstanding tokens; among equals, the next in turn."""
-        fewest = least_loaded(instances).num_outstanding_tokens
-        equals = [instance for instance in instances if instance.num_outstanding_tokens == fewest]
+        equals = equally_least_loaded(instances)
         last = self._last_unmatched
-        chosen = equals[0] if last is None else next((each for each in equals if each.id > last), equals[0])
+        place = 0 if last is None else bisect_right(equals, last, key=lambda each: each.id)
+        chosen = equals[place % len(equals)]
         self._last_unmatched = chosen.id
         return chosen

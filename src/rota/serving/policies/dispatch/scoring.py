@@ -8,10 +8,16 @@ from collections.abc import Sequence
 
 from rota.serving.api import InstanceId, InstanceView
 
+SCORES_MAX = 64
+"""Of more instances none is told its score: that would take longer than the choice, and fill the journal with numbers
+that nobody reads."""
+
 
 def load_scores(instances: Sequence[InstanceView]) -> tuple[tuple[InstanceId, float], ...]:
     """One score an instance: 1 for the fewest outstanding tokens, 0 for the most, linear between, 1 where all are
-    equal."""
+    equal. Empty for more than `SCORES_MAX` instances."""
+    if len(instances) > SCORES_MAX:
+        return ()
     loads = [instance.num_outstanding_tokens for instance in instances]
     most = max(loads)
     span = most - min(loads)
@@ -22,8 +28,11 @@ def load_scores(instances: Sequence[InstanceView]) -> tuple[tuple[InstanceId, fl
 
 def least_loaded(instances: Sequence[InstanceView]) -> InstanceView:
     """The instance with the fewest outstanding tokens, the first by id among equals."""
-    return min(instances, key=_num_outstanding_tokens)
+    return equally_least_loaded(instances)[0]
 
 
-def _num_outstanding_tokens(instance: InstanceView) -> int:
-    return instance.num_outstanding_tokens
+def equally_least_loaded(instances: Sequence[InstanceView]) -> list[InstanceView]:
+    """All that have the fewest outstanding tokens, by id."""
+    loads = [instance.num_outstanding_tokens for instance in instances]
+    fewest = min(loads)
+    return [instance for instance, load in zip(instances, loads, strict=True) if load == fewest]
