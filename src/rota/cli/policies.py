@@ -88,15 +88,14 @@ def policy_facts(kind: str, name: str) -> PolicyFacts:
 def _hosts(kind: str, name: str) -> tuple[str, ...]:
     if kind in ROUTER_KINDS:
         return _HOST_SIMULATOR, _HOST_ROUTER
+    outside = (_HOST_SIMULATOR, _HOST_ROUTER) if kind == "order" else (_HOST_SIMULATOR,)  # As the order of its queue.
     # Asked beside the default stack: a policy is hosted by vLLM if it is so in the plainest company.
     stack = {each: getattr(StackConfig(), each) for each in ("order", "batch", "memory")} | {kind: name}
     try:
-        check_hostable(
-            **{each: REGISTRIES[each].create(chosen, services=_PREDICTORS) for each, chosen in stack.items()}
-        )
+        check_hostable(**{each: REGISTRIES[each].create(chosen) for each, chosen in stack.items()})
     except (CapabilityError, ConfigError):
-        return (_HOST_SIMULATOR,)
-    return _HOST_SIMULATOR, _HOST_VLLM
+        return outside
+    return *outside, _HOST_VLLM
 
 
 def _parameters(cls: type[Any]) -> tuple[ParameterFacts, ...]:

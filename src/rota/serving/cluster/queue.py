@@ -9,7 +9,7 @@ from operator import attrgetter
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant, after, seconds
 from rota.serving.api import Cursor, EndObserver, OnRefusal, OrderPolicy, Pool, QueueRules, Refusal
-from rota.serving.cluster.answers import Asked
+from rota.serving.cluster.answers import Asked, tell_end
 from rota.serving.cluster.lifecycles import RequestState
 from rota.serving.cluster.tracked import TrackedRequest
 from rota.serving.model.instance import InstanceLimits, InstanceReport
@@ -113,8 +113,6 @@ class RouterQueue:
         self._num_dispatched = 0
         self._leaving: list[QueuedRequest] | None = None
         """Those who went in the walk that is under way."""
-        self._is_told = False
-        """Whether reports told of tokens since the order policy was last shown who runs."""
         self._now = Instant(0)
         self._limits = InstanceLimits(num_blocks=1)
 
@@ -201,13 +199,13 @@ class RouterQueue:
         else:
             self._stop(known, num_output_tokens)
         if isinstance(self._order, EndObserver):
-            self._order.request_ended(request, num_output_tokens)
+            tell_end(self._order, request, num_output_tokens)
 
     def _stop(self, known: QueuedRequest, num_output_tokens: int | None) -> None:
         if num_output_tokens is not None and num_output_tokens > known.num_output_tokens + 1:
             # What reports did not tell; the policy also counts the token that would come next.
             known.num_output_tokens = num_output_tokens - 1
-            self._show_running(self._now, [known])
+            self._show_running()
         del self._running[known.id]
 
     def _leaves(self, known: QueuedRequest) -> None:
@@ -222,7 +220,6 @@ class RouterQueue:
             known = self._running.get(each.request_id)
             if known is not None and each.num_tokens > known.num_tokens:
                 known.num_output_tokens = each.num_tokens - known.num_prompt_tokens
-                self._is_told = True
 
     # --- who is next -------------------------------------------------------------------------------------------------
 
@@ -239,9 +236,7 @@ class RouterQueue:
                 try_one(tracked.request.id)
             return
         self._now, self._limits = now, limits
-        if self._is_told:
-            self._is_told = False
-            self._show_running(now, list(self._running.values()))
+        self._show_running()
         self._leaving = []
         try:
             self._walk_ordered(self._order, try_one)
@@ -251,9 +246,8 @@ class RouterQueue:
                 self._waiting.remove(known)
 
     def _walk_ordered(self, order: OrderPolicy, try_one: Callable[[RequestId], "Tried"]) -> None:
-        view = _AtTheRouter(self._now, self._limits, (), self._waiting)
         with Asked(order, "the queue of the router") as asked:
-            cursor: Cursor = order.open(view, Pool.WAITING)
+            cursor: Cursor = order.open(self._view(), Pool.WAITING)
             while (queued := cursor.next()) is not None:
                 if not isinstance(queued, QueuedRequest) or queued.id not in self._held:
                     raise asked.broken(f"gave {queued!r}, which does not wait")
@@ -263,7 +257,10 @@ class RouterQueue:
                 elif tried is Tried.FULL and cursor.refused(queued, Refusal.NO_SLOT) is OnRefusal.STOP:
                     break
 
-    def _show_running(self, now: Instant, running: SequenceOf[QueuedRequest]) -> None:
+    def _show_running(self) -> None:
         assert self._order is not None
         with Asked(self._order, "those who were dispatched"):
-            self._order.open(_AtTheRouter(now, self._limits, running, self._waiting), Pool.RUNNING)
+            self._order.open(self._view(), Pool.RUNNING)
+
+    def _view(self) -> _AtTheRouter:
+        return _AtTheRouter(self._now, self._limits, list(self._running.values()), self._waiting)

@@ -110,14 +110,14 @@ class RankedOrder(ABC):
             return
         self._looked_at = view.now
         self._num_looks += 1
-        if self._promoted:
-            for sequence in view.running:
-                self._promoted.pop(sequence.id, None)
         self.look(view)
 
     def _waiting(self, view: EngineView) -> Iterator[SequenceView]:
         ranked = view.waiting.ranked(self._rank_of_newcomer)
         promoted = self._promoted
+        if promoted:
+            for sequence in view.running:  # A router may walk more than once an instant.
+                promoted.pop(sequence.id, None)
         if not promoted:
             return ranked
         return merge(
