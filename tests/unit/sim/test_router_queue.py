@@ -13,8 +13,8 @@ MIXED = Path(__file__).resolve().parents[3] / "examples" / "mixed.toml"
 
 def outcome(folder: Path, stack: str, num_requests: int = 150) -> dict[str, object]:
     (folder / "stack.toml").write_text(stack)
-    ran = rota("simulate", "--trace", MIXED, "--num-requests", num_requests, "--instances", 2, "--stack", folder / "stack.toml",
-               "--journal", folder / "journal.jsonl", "--json")  # fmt: skip
+    ran = rota("simulate", "--trace", MIXED, "--num-requests", num_requests, "--instances", 2, "--stack",
+               folder / "stack.toml", "--journal", folder / "journal.jsonl", "--json")  # fmt: skip
     assert ran.code == 0, ran.stderr
     assert rota("replay", folder / "journal.jsonl").code == 0
     return json.loads(ran.stdout)
