@@ -88,6 +88,8 @@ def test_nobody_finds_the_blocks_of_an_isolated_tenant() -> None:
     guessed = call_of(ALICE, messages=LONG, cache_salt=salt)
     assert json.loads(guessed.body)["cache_salt"] != salt, "another's salt is no way in"
     assert not set(guessed.request.block_hashes) & set(isolated.request.block_hashes)
+    both = [json.loads(call_of(key, cache_salt="s").body)["cache_salt"] for key in (ALICE, OPERATOR)]
+    assert both[0] != both[1], "one salt of two tenants is two"
 
 
 @pytest.mark.asyncio

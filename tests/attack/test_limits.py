@@ -54,3 +54,18 @@ def test_limits_are_not_lost_where_no_policy_looks_at_them() -> None:
     with pytest.raises(ConfigError, match="limits of its own"):
         granted_stack(StackConfig(), keys)
     assert ALICE not in repr(granted_stack(LIMITED, keys))
+
+
+@pytest.mark.asyncio
+async def test_a_router_promises_or_refuses_by_the_targets_of_the_headers() -> None:
+    stack = StackConfig(admission="deadline_admission", batch="stall_free_chunks")
+    async with running_router(num_simulated=2, stack=stack, serve=ServeConfig(port=0)) as running:
+        port = running.router.door.server.port
+        assert (await answer_to(port, post(GOOD, "x-slo-ttft-ms: 5000", "x-slo-tpot-ms: 1000", key=None)))[0] == 200
+        for header, words in (
+            ("x-slo-ttft-ms: 1", "0.001 s is the target"),
+            ("x-slo-tpot-ms: 1", "1 ms is the target"),
+        ):
+            status, headers, body = await answer_to(port, post(GOOD, header, key=None))
+            assert (status, "retry-after" in headers) == (400, False)
+            assert words in json.loads(body)["error"]["message"]

@@ -49,7 +49,7 @@ def filled(asking: DeadlineAdmission, num: int, **of_request: Any) -> list[Admis
 
 
 def play(asking: StackConfig, arrivals: list[tuple[Request, int]], steps: StepTimePredictor = STEPS) -> list[Any]:
-    limits = InstanceLimits(num_blocks=400, max_num_seqs=24, max_num_batched_tokens=256)
+    limits = InstanceLimits(num_blocks=2000, max_num_seqs=64, max_num_batched_tokens=256)
     instances = tuple(InstanceSpec(each, limits) for each in (A, B))
     cluster = SimulatedCluster(SystemConfig(asking, instances), arrivals, steps)
     # The world's step times are those that the policy is told of.
@@ -104,7 +104,7 @@ def test_under_overload_promises_are_kept_that_a_router_without_them_breaks() ->
         return sum(each.first_token_at - each.arrived_at > milliseconds(800) for each in done)
 
     assert num_late(play(stack("deadline_admission"), flood())) == 0
-    limits = InstanceLimits(num_blocks=400, max_num_seqs=24, max_num_batched_tokens=256)
+    limits = InstanceLimits(num_blocks=2000, max_num_seqs=64, max_num_batched_tokens=256)
     instances = tuple(InstanceSpec(each, limits) for each in (A, B))
     free = SimulatedCluster(SystemConfig(stack("bounded_queue"), instances), flood(), STEPS)
     free.run()

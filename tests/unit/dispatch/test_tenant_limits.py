@@ -157,7 +157,8 @@ def test_memory_is_bounded_whatever_names_are_invented(monkeypatch: pytest.Monke
     assert not policy._inside
     assert not ask(policy, 1.0, 1001, tenant="one more").admitted, "those beyond share one bucket, which is empty"
     assert ask(policy, 1.0, 1002, tenant="known", num_prompt_tokens=10**5).admitted
-    assert ask(policy, 200.0, 1003, tenant="one more").admitted, "when the others are idle again"
+    assert ask(policy, 200.0, 1003, tenant="one more").admitted
+    assert "one more" in policy._tenants, "the others are idle again, and forgotten"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from rota.serving.frontdoor.keys import AUTHORIZATION, KeyRing
 from rota.serving.frontdoor.openapi import describe
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.frontdoor.telemetry import Telemetry
+from rota.serving.frontdoor.tenant_metrics import TenantCounts, TenantMetrics
 from rota.serving.live.attempt import Answer
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.watch import EngineWatch
@@ -51,6 +52,7 @@ class FrontDoor:
         self.telemetry = Telemetry()
         self.telemetry.registry.register(InstanceCollector(cluster, watches))
         self._keys = keys
+        self._tenants = None if keys is None else TenantMetrics(self.telemetry.registry)
         check_head = None if keys is None else self._check_head
         self.server = HttpServer(self._handle, limits=limits, refused=self._refused, check_head=check_head)
         self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens, resume=resume)
@@ -137,7 +139,10 @@ class FrontDoor:
         holder = None if self._keys is None else self._keys.identify(exchange.request.headers)
         call = self._intake.read(exchange.request, self.cluster.loop.now(), holder)
         self.telemetry.prompt_tokens.inc(call.request.num_prompt_tokens)
-        client = _Conversation(self, exchange, call)
+        counts = None if self._tenants is None else self._tenants.of(call.request.tenant)
+        if counts is not None:
+            counts.prompt_tokens.inc(call.request.num_prompt_tokens)
+        client = _Conversation(self, exchange, call, counts)
         exchange.listener = client
         self.cluster.submit(call, client)
 
@@ -183,21 +188,23 @@ class FrontDoor:
 class _Conversation:
     """One request to an engine, seen from its client: hears the cluster and writes the answer."""
 
-    __slots__ = ("_door", "_exchange", "_has_started", "_request_id", "_started_at", "on_chunks", "on_data")
+    __slots__ = ("_counts", "_door", "_exchange", "_has_started", "_request_id", "_started_at", "on_chunks", "on_data")
 
-    def __init__(self, door: FrontDoor, exchange: Exchange, call: EngineCall) -> None:
+    def __init__(self, door: FrontDoor, exchange: Exchange, call: EngineCall, counts: TenantCounts | None) -> None:
         self._door = door
         self._exchange = exchange
         self.on_data = exchange.write
         self.on_chunks = exchange.write_chunks if exchange.is_chunked else None
         self._request_id = call.request.id
         self._has_started = False
+        self._counts = counts
         self._started_at = time.monotonic()
 
     # --- from the connection -----------------------------------------------------------------------------------------
 
     def client_left(self) -> None:
         self._door.telemetry.clients_left.inc()
+        self._count("left")
         self._door.cluster.client_left(self._request_id)
 
     def client_stalled(self, stalled: bool) -> None:
@@ -227,10 +234,12 @@ class _Conversation:
 
     def on_refused(self, status: int, reason: str, retry_after: Duration | None) -> None:
         self._door.telemetry.rejections.labels(str(status)).inc()
+        self._count("refused")
         seconds = None if retry_after is None else max(1, math.ceil(to_seconds(retry_after)))
         self._problem(Problem(status, reason, code="rejected", retry_after_seconds=seconds))
 
     def on_failed(self, reason: str, answer: Answer | None) -> None:
+        self._count("failed")
         if answer is not None and not self._has_started:
             # The engine's own words say best what is wrong.
             if answer.status >= 500:
@@ -255,9 +264,16 @@ class _Conversation:
     def _finished(self, status: int, num_output_tokens: int | None) -> None:
         telemetry = self._door.telemetry
         telemetry.e2e.observe(time.monotonic() - self._started_at)
+        self._count("served")
         if num_output_tokens:
             telemetry.output_tokens.inc(num_output_tokens)
+            if self._counts is not None:
+                self._counts.generation_tokens.inc(num_output_tokens)
         self._door.count(self._exchange, status)
+
+    def _count(self, outcome: str) -> None:
+        if self._counts is not None:
+            self._counts.ended(outcome)
 
     def _named(self, headers: Headers) -> Headers:
         named = [header for header in headers if header[0] != b"x-request-id"]

@@ -1,4 +1,5 @@
-"""What the router says of itself on `/metrics`. Labels are bounded: no tenant, model or client string is ever one."""
+"""What the router says of itself on `/metrics`. Labels are bounded: no model or client string is ever one, and
+no tenant but those that have keys (`tenant_metrics.py`)."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
