@@ -20,7 +20,7 @@ def at(now_seconds):
 
 @pytest.mark.parametrize("name", ADMISSION.table)
 def test_keeps_the_contract(name):
-    check_admission_policy(lambda: ADMISSION.create(name, services={"step_time": AffineStepTime()}))
+    check_admission_policy(lambda: ADMISSION.create(name, services={"step_time": AffineStepTime()}), max_examples=50)
 
 
 def answering(admission):

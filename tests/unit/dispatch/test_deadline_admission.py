@@ -73,7 +73,7 @@ SERIES = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(series=SERIES)
 def test_with_exact_step_times_and_lengths_every_promise_is_kept(series: list[tuple[int, int, int, int]]) -> None:
     now, arrivals = 0, []
@@ -169,7 +169,7 @@ def test_the_best_instance_is_promised_and_remembered_until_the_end() -> None:
     for number in range(4):
         asking.request_ended(asked(number), 5)
     assert not asking._place_of
-    assert all(not each.promises and not each.num_kv_tokens for each in asking._places.values())
+    assert not asking._places
     assert asking.admit(asked(9), ClusterSample(Instant(0), ()), 0).instance_ids == ()
 
 

@@ -119,6 +119,8 @@ class DeadlineAdmission:
         if place is None:
             return
         place.forget(request.id)
+        if not place.promises:
+            del self._places[place.id]  # Instances come and go, under ever new names.
         self._drain.ended()
         if num_output_tokens:
             self._sum_outputs += num_output_tokens - (
