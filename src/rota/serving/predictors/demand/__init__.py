@@ -6,6 +6,7 @@ DEMAND: Registry = Registry(
     "demand predictor",
     {
         "holt_winters": "rota.serving.predictors.demand.holt_winters:HoltWinters",
+        "neural": "rota.serving.predictors.demand.neural:Neural",
         "seasonal_naive": "rota.serving.predictors.demand.seasonal_naive:SeasonalNaive",
     },
     entry_point_group="rota.demand",
