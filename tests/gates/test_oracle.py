@@ -46,6 +46,7 @@ KNOWN_ON_ARRIVAL = {
     "arrived_at",
     "num_prompt_tokens",
     "max_tokens",
+    "declares_max_tokens",
     "priority",
     "tenant",
     "program",
