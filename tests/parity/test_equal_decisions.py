@@ -77,7 +77,7 @@ def test_fcfs_decides_as_stock_vllm_does(chunk: int) -> None:
 
 STACKS: dict[str, Callable[[], EnginePolicies]] = {
     "fair_tokens": lambda: EnginePolicies(FairTokens(weights={"tenant-1": 2.0}), VllmDefault(), RecomputeLowest()),
-    "earliest_deadline": lambda: EnginePolicies(EarliestDeadline(), VllmDefault(), RecomputeLowest()),
+    "earliest_deadline": lambda: EnginePolicies(EarliestDeadline(displace=True), VllmDefault(), RecomputeLowest()),
     "highest_response_ratio": lambda: EnginePolicies(
         HighestResponseRatio(lengths=History(num_least=2)), VllmDefault(), RecomputeLowest()
     ),

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from rota.serving.model.request import RequestId, TenantId
@@ -61,12 +61,18 @@ class WaitingQueue(Generic[Q]):
         return iter(self._grouped(key).groups.get(priority, ()))
 
     def of_group(self, priority: int, key: Callable[[Q], Hashable], group: Hashable) -> Iterator[Q]:
-        return iter(self._grouped(key).groups[priority][group].values())
+        queue = self._grouped(key).groups.get(priority, {}).get(group)
+        return iter(queue.values()) if queue is not None else iter(())
 
-    def ranked(self, key: Callable[[Q], Any]) -> Iterator[Q]:
+    def ranked(self, key: Callable[[Q], Any], changed: Iterable[RequestId] = ()) -> Iterator[Q]:
         ranking = self._ranking
         if ranking is None or ranking.key != key:
             ranking = self._ranking = _Ranking(key, self._all)
+        for request_id in changed:
+            sequence = self._all.get(request_id)
+            if sequence is not None:
+                ranking.remove(sequence)
+                ranking.unsettled[request_id] = sequence
         ranking.settle()
         return ranking.walk()
 

@@ -33,14 +33,14 @@ from rota.testing import check_batch_policy, check_memory_policy, check_order_po
 
 DECLARED = Declared()
 SOUND_ORDERS = {
-    "earliest_deadline": EarliestDeadline,
-    "earliest_deadline, of those who wait": lambda: EarliestDeadline(displace=False),
+    "earliest_deadline": lambda: EarliestDeadline(displace=True),
+    "earliest_deadline, of those who wait": EarliestDeadline,
     "fair_tokens": FairTokens,
     "fcfs": Fcfs,
     "highest_response_ratio": lambda: HighestResponseRatio(lengths=History(num_least=2)),
     "least_attained_service": lambda: LeastAttainedService(quantum_tokens=4, preempted_at_most=3),
-    "least_slack": lambda: LeastSlack(lengths=History(num_least=2)),
-    "least_slack, of those who wait": lambda: LeastSlack(lengths=DECLARED, displace=False),
+    "least_slack": lambda: LeastSlack(lengths=History(num_least=2), displace=True),
+    "least_slack, of those who wait": lambda: LeastSlack(lengths=DECLARED),
     "shortest_predicted_first": lambda: ShortestPredictedFirst(
         lengths=History(num_least=2), starvation_steps=6, promoted_tokens=2, bucket_tokens=2
     ),

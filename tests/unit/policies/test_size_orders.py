@@ -185,8 +185,8 @@ def test_short_work_overtakes_until_the_long_has_waited_long():
 
 def test_the_earliest_deadline_goes_first_and_those_without_last():
     jobs = [job("none", 5), job("late", 5, at=1, ttft=900), job("soon", 5, at=2, ttft=50)]
-    assert ended(jobs, EarliestDeadline()) == ["soon", "late", "none"]
-    waiting_only = EarliestDeadline(displace=False)
+    assert ended(jobs, EarliestDeadline(displace=True)) == ["soon", "late", "none"]
+    waiting_only = EarliestDeadline()
     assert ended(jobs, waiting_only) == ["none", "soon", "late"]
     assert not waiting_only.displacing
     assert ended(jobs, Fcfs()) == ["none", "late", "soon"]
@@ -203,15 +203,15 @@ def test_a_set_that_can_be_served_in_time_is():
         ends = played(jobs, order).ends
         return sum(ends[one.request.id].at > one.request.arrived_at + one.request.slo.e2e for one in jobs)
 
-    assert num_late(EarliestDeadline()) == 0
+    assert num_late(EarliestDeadline(displace=True)) == 0
     assert num_late(Fcfs()) >= 10
 
 
 def test_of_equal_deadlines_the_one_with_more_to_do_goes_first():
     jobs = [job("busy", 3), job("little", 3, at=1, ttft=500), job("much", 3, at=2, prompt=50, ttft=500)]
-    slack = LeastSlack(lengths=DECLARED, prefill_us_per_token=1000, displace=False)
+    slack = LeastSlack(lengths=DECLARED, prefill_us_per_token=1000)
     assert ended(jobs, slack)[1:] == ["much", "little"]
-    assert ended(jobs, EarliestDeadline(displace=False))[1:] == ["little", "much"]
+    assert ended(jobs, EarliestDeadline())[1:] == ["little", "much"]
 
 
 # --- skip predict -----------------------------------------------------------------------------------------------------

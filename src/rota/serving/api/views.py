@@ -1,6 +1,6 @@
 """What a policy may look at. Read-only, and never the truth about the future."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -87,13 +87,14 @@ class WaitingView(Protocol):
     def of_group(
         self, priority: int, key: Callable[[SequenceView], Hashable], group: Hashable
     ) -> Iterator[SequenceView]:
-        """The waiting sequences of one group and class, in queue order."""
+        """The waiting sequences of one group and class, in queue order; none if there is no such group."""
         ...
 
-    def ranked(self, key: Callable[[SequenceView], Any]) -> Iterator[SequenceView]:
+    def ranked(self, key: Callable[[SequenceView], Any], changed: Iterable[RequestId] = ()) -> Iterator[SequenceView]:
         """The waiting sequences by class, lowest number first, then by `key`, then in queue order. Kept sorted between
         steps, and for one key at a time: pass the same function in every step. It is asked once each time that a
-        sequence has come to wait, at the next call, and must not change for as long as it waits."""
+        sequence has come to wait, at the next call, and must not change for as long as it waits, but for those of
+        `changed` that still do: these are asked again."""
         ...
 
 

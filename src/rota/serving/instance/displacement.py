@@ -32,18 +32,27 @@ def choose_displaced(
     running = list(view.running)
     cursor = order.open(view, Pool.WAITING)
     waiting = cursor.next() if len(view.waiting) else None
-    # Whoever stands first outranks most; in most steps it outranks nobody, and nothing needs to be counted.
-    if waiting is None or not any(order.displaces(view, waiting, sequence) for sequence in running):
+    line = _line(view, order, running)
+    # Whoever stands first outranks most, and whoever runs last is outranked by most; in most steps not even these two
+    # do, and nothing needs to be counted.
+    if waiting is None or not line or not order.displaces(view, waiting, line[-1]):
         return []
     num_slots = limits.max_num_seqs - len(running) - num_slots_aside
-    num_tokens = token_budget - sum(min(sequence.num_pending_tokens, chunk_max) for sequence in running)
-    num_blocks = view.num_free_blocks - sum(_growth(sequence, chunk_max, limits.block_size) for sequence in running)
+    num_tokens, num_blocks = token_budget, view.num_free_blocks
+    for sequence in running:
+        computed = sequence.num_computed_tokens
+        pending = sequence.num_tokens - computed
+        if pending == 1:  # most decode
+            num_tokens -= 1
+            num_blocks -= computed % limits.block_size == 0
+        else:
+            num_tokens -= min(pending, chunk_max)
+            num_blocks -= _growth(sequence, chunk_max, limits.block_size)
     num_taken = 0
-    line = _line(view, order, running)
     victims: list[SequenceView] = []
     starters: list[SequenceView] = []
     while waiting is not None:
-        candidates = [sequence for sequence in line if order.displaces(view, waiting, sequence)]
+        candidates = _outranked(view, order, waiting, line)
         if not candidates:
             break
         starters.append(waiting)
@@ -70,10 +79,20 @@ def choose_displaced(
     return victims
 
 
+def _outranked(
+    view: EngineView, order: OrderPolicy, waiting: SequenceView, line: list[SequenceView]
+) -> list[SequenceView]:
+    """Those of the line whom `waiting` may displace: its end, from some place on."""
+    start = len(line)
+    while start and order.displaces(view, waiting, line[start - 1]):
+        start -= 1
+    return line[start:]
+
+
 def _line(view: EngineView, order: OrderPolicy, running: list[SequenceView]) -> list[SequenceView]:
     """The running sequences as the order ranks them, so that the memory policy finds the lowest at the end."""
     if order.running_order == "admission":
-        return running
+        return list(running)
     cursor = order.open(view, Pool.RUNNING)
     line = []
     while (sequence := cursor.next()) is not None:

@@ -113,7 +113,10 @@ class SteadyPass:
     def _could_displace(self) -> bool:
         machine, order = self._machine, self._order
         head = order.open(machine, Pool.WAITING).next()
-        return head is not None and any(order.displaces(machine, head, sequence) for sequence in machine.running)
+        if head is None or not machine.running:
+            return False
+        last = machine.running[-1] if self._in_order_of_admission else self._line()[-1]
+        return order.displaces(machine, head, last)
 
     def _line(self) -> list[Sequence]:
         cursor = self._order.open(self._machine, Pool.RUNNING)

@@ -1,8 +1,7 @@
 """What orders by rank have in common: classes first, and within a class the lowest rank."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from heapq import merge
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from rota.base.errors import ConfigError
@@ -40,21 +39,29 @@ class RankedOrder(ABC):
     """An order in which whoever waits displaces whoever runs with a higher rank in the same class, and everybody of a
     lower class, if it cannot start otherwise.
 
-    The rank of a sequence must not change while it waits, but for those given to `promote`.
+    The rank of a sequence must not change while it waits, but for those given to `rank_again`.
     """
 
     requires: EngineCapabilities = PREEMPTING
     running_order: Literal["admission", "own"] = "own"
     displacing: bool = True
     repeatable: bool = False
+    fixed_ranks = False
+    """Whether the rank of a running sequence stays as it is until the policy says `forget_rank`, as it must when it
+    ends or waits again. Then it is not asked for in every step."""
 
     def __init__(self, *, skip_refused: bool = False) -> None:
         """`skip_refused` goes on past a waiting sequence that does not fit, in place of ending the walk."""
         self._skip_refused = skip_refused
         if skip_refused:
             self.requires = self.requires | {Capability.SKIP_REFUSED}
-        self._promoted: dict[RequestId, SequenceView] = {}
-        """Those who got a rank of their own while they waited, and still wait."""
+        self._changed: list[RequestId] = []
+        """Those whose rank has changed while they waited, since the last walk."""
+        self._fixed: dict[RequestId, tuple[int, Rank]] = {}
+        self._lined_at = -1
+        self._lined_up: list[SequenceView] = []
+        self._line: list[SequenceView] = []
+        """Those who run, by rank, as of the last time that it was asked: a step asks more than once."""
         self._looked_at = -1
         self._num_looks = 0
         """Steps that were looked at."""
@@ -79,7 +86,7 @@ class RankedOrder(ABC):
         """Called once a step, before anything else."""
 
     def came_to_wait(self, sequence: SequenceView, rank: Rank) -> None:  # noqa: B027
-        """Called once each time that a sequence has come to wait, in the first step that walks over it."""
+        """Called once each time that a sequence has come to wait, or its rank has changed, by the next walk."""
 
     def open(self, view: EngineView, pool: Pool) -> Cursor:
         self._once_a_step(view)
@@ -88,7 +95,10 @@ class RankedOrder(ABC):
         running = view.running
         if self.running_order == "admission" or len(running) < 2:
             return InOrder(running)
-        return InOrder(sorted(running, key=self._key))
+        if view.now != self._lined_at or running != self._lined_up:
+            self._lined_at, self._lined_up = view.now, list(running)
+            self._line = self._by_rank(running)
+        return InOrder(self._line)
 
     def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
         if not self.displacing:
@@ -97,13 +107,22 @@ class RankedOrder(ABC):
             return waiting.priority < running.priority
         return self.tier(waiting) < self.tier(running)
 
-    def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
-        """Forget it."""
-        self._promoted.pop(request.id, None)
-
-    def promote(self, sequence: SequenceView) -> None:
+    def rank_again(self, sequence: SequenceView) -> None:
         """The rank of a waiting sequence is another from now on."""
-        self._promoted[sequence.id] = sequence
+        self._changed.append(sequence.id)
+
+    def forget_rank(self, request_id: RequestId) -> None:
+        """The rank of one that is in `fixed_ranks` is another from now on, or of no interest any more."""
+        self._fixed.pop(request_id, None)
+
+    def _by_rank(self, running: Sequence[SequenceView]) -> list[SequenceView]:
+        if not self.fixed_ranks:
+            return sorted(running, key=self._key)
+        fixed = self._fixed
+        for sequence in running:
+            if sequence.id not in fixed:
+                fixed[sequence.id] = self._key(sequence)
+        return sorted(running, key=lambda sequence: fixed[sequence.id])
 
     def _once_a_step(self, view: EngineView) -> None:
         if view.now == self._looked_at:
@@ -113,21 +132,10 @@ class RankedOrder(ABC):
         self.look(view)
 
     def _waiting(self, view: EngineView) -> Iterator[SequenceView]:
-        ranked = view.waiting.ranked(self._rank_of_newcomer)
-        promoted = self._promoted
-        if promoted:
-            for sequence in view.running:  # A router may walk more than once an instant.
-                promoted.pop(sequence.id, None)
-        if not promoted:
-            return ranked
-        return merge(
-            sorted(promoted.values(), key=self._key),
-            (sequence for sequence in ranked if sequence.id not in promoted),
-            key=self._key,
-        )
+        changed, self._changed = self._changed, []
+        return view.waiting.ranked(self._rank_of_newcomer, changed)
 
     def _rank_of_newcomer(self, sequence: SequenceView) -> Rank:
-        self._promoted.pop(sequence.id, None)
         rank = self.rank(sequence)
         self.came_to_wait(sequence, rank)
         return rank

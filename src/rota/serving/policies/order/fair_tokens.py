@@ -1,7 +1,7 @@
 """Tenants share an engine by the tokens they were served."""
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from rota.base.errors import ConfigError
@@ -13,6 +13,7 @@ from rota.serving.api import (
     OnRefusal,
     Pool,
     Refusal,
+    Request,
     RequestId,
     SequenceView,
     TenantId,
@@ -81,6 +82,15 @@ class FairTokens:
             self.computes(sequence)
         return InOrder(view.running)
 
+    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
+        """Its tenant may have nobody waiting any more."""
+        self.class_of(request.priority).unsure.add(request.tenant)
+
+    def came_to_wait(self, sequence: SequenceView) -> TenantId:
+        """The group of a sequence in the queue, which asks once each time that one has come to wait."""
+        self.class_of(sequence.priority).unsure.add(sequence.tenant)
+        return sequence.tenant
+
     def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
         return False
 
@@ -119,33 +129,65 @@ class FairTokens:
 class _Class:
     """The counters of one class."""
 
-    __slots__ = ("counters", "left_last", "queued")
+    __slots__ = ("counters", "heap", "left_last", "queued", "unsure")
 
     def __init__(self) -> None:
         self.counters: dict[TenantId, float] = {}
         self.queued: set[TenantId] = set()
         """Who had requests waiting when last looked."""
+        self.heap: list[tuple[float, TenantId]] = []
+        """Those of `queued` by counter. Counters never fall, so that an entry is at most too low, which is put right
+        when it comes up; entries of those who left are dropped then."""
+        self.unsure: set[TenantId] = set()
+        """Who may have come or left since."""
         self.left_last: TenantId | None = None
 
-    def look(self, waiting: list[TenantId]) -> None:
+    def look(self, is_waiting: Callable[[TenantId], bool]) -> None:
         """Take note of who waits now, and lift those who come back."""
         counters = self.counters
-        now = set(waiting)
-        gone = self.queued - now
+        came, gone = [], []
+        for tenant in self.unsure:
+            if tenant in self.queued:
+                if not is_waiting(tenant):
+                    gone.append(tenant)
+            elif is_waiting(tenant):
+                came.append(tenant)
+        self.unsure.clear()
         if gone:
+            self.queued.difference_update(gone)
             self.left_last = max(gone, key=lambda tenant: (counters[tenant], tenant))
-        stayed = [counters[tenant] for tenant in waiting if tenant in self.queued]
-        floor = min(stayed) if stayed else counters.get(self.left_last, 0.0) if self.left_last is not None else 0.0
-        for tenant in waiting:
-            if tenant not in self.queued:
-                counters[tenant] = max(counters.get(tenant, 0.0), floor)
-        self.queued = now
+        if came:
+            first = self.first()
+            floor = 0.0 if self.left_last is None else counters.get(self.left_last, 0.0)
+            if first is not None:
+                floor = counters[first]
+            for tenant in came:
+                counter = counters[tenant] = max(counters.get(tenant, 0.0), floor)
+                heapq.heappush(self.heap, (counter, tenant))
+            self.queued.update(came)
+        if len(self.heap) > 2 * len(self.queued) + 64:
+            self.heap = [(counters[tenant], tenant) for tenant in self.queued]
+            heapq.heapify(self.heap)
         if len(counters) > _NUM_TENANTS_MAX:
             self._forget()
 
+    def first(self) -> TenantId | None:
+        """The tenant with the lowest counter of those who wait."""
+        heap, counters = self.heap, self.counters
+        while heap:
+            counter, tenant = heap[0]
+            if tenant not in self.queued:
+                heapq.heappop(heap)
+            elif counters[tenant] > counter:
+                heapq.heapreplace(heap, (counters[tenant], tenant))
+            else:
+                return tenant
+        return None
+
     def leaves(self, tenant: TenantId) -> None:
-        """The last of a tenant's waiting requests was admitted."""
+        """The last of a tenant's waiting requests was admitted, or passed over."""
         self.queued.discard(tenant)
+        self.unsure.add(tenant)
         self.left_last = tenant
 
     def _forget(self) -> None:
@@ -159,44 +201,50 @@ class _Class:
 class _Waiting:
     """The waiting sequences: class by class, and in each the tenant next that has the lowest counter by then."""
 
-    __slots__ = ("_class", "_heap", "_policy", "_priorities", "_view", "_walks")
+    __slots__ = ("_class", "_policy", "_priorities", "_priority", "_view", "_walks")
 
     def __init__(self, policy: FairTokens, view: EngineView) -> None:
         self._policy = policy
         self._view = view
         self._priorities = iter(view.waiting.priorities())
+        self._priority = 0
         self._class: _Class | None = None
-        self._heap: list[tuple[float, TenantId]] = []
         self._walks: dict[TenantId, Iterator[SequenceView]] = {}
 
     def next(self) -> SequenceView | None:
-        while self._heap or self._next_class():
-            _, tenant = self._heap[0]
-            sequence = next(self._walks[tenant], None)
+        while True:
+            tenant = None if self._class is None else self._class.first()
+            if tenant is None:
+                if not self._next_class():
+                    return None
+                continue
+            walk = self._walks.get(tenant)
+            if walk is None:
+                walk = self._walks[tenant] = self._of_tenant(tenant)
+            sequence = next(walk, None)
             if sequence is not None:
                 return sequence
-            heapq.heappop(self._heap)
             assert self._class is not None
             self._class.leaves(tenant)
-        return None
 
     def granted(self, sequence: SequenceView, num_tokens: int) -> None:
         self._policy.admitted(sequence)
         assert self._class is not None
-        heapq.heapreplace(self._heap, (self._class.counters[sequence.tenant], sequence.tenant))
+        self._class.unsure.add(sequence.tenant)
 
     def refused(self, sequence: SequenceView, why: Refusal) -> OnRefusal:
         return OnRefusal.STOP
+
+    def _of_tenant(self, tenant: TenantId) -> Iterator[SequenceView]:
+        return self._view.waiting.of_group(self._priority, self._policy.came_to_wait, tenant)
 
     def _next_class(self) -> bool:
         priority = next(self._priorities, None)
         if priority is None:
             return False
-        waiting = self._view.waiting
-        tenants = list(waiting.tenants(priority))
+        self._priority = priority
+        self._walks = {}
+        self._view.waiting.groups(priority, self._policy.came_to_wait)
         self._class = self._policy.class_of(priority)
-        self._class.look(tenants)
-        self._walks = {tenant: waiting.of_tenant(priority, tenant) for tenant in tenants}
-        self._heap = [(self._class.counters[tenant], tenant) for tenant in tenants]
-        heapq.heapify(self._heap)
+        self._class.look(lambda tenant: next(self._of_tenant(tenant), None) is not None)
         return True

@@ -56,7 +56,6 @@ class LeastAttainedService(RankedOrder):
         return (1, attained // self._quantum)
 
     def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
-        super().request_ended(request, num_output_tokens)
         self._before.pop(request.id, None)
         if self._of_program and request.program is not None and num_output_tokens is not None:
             self._programs[request.program] = self._programs.get(request.program, 0) + num_output_tokens

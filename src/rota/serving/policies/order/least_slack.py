@@ -9,14 +9,15 @@ from rota.serving.policies.ranked import Rank, RankedOrder, above_zero, at_least
 
 
 class LeastSlack(RankedOrder):
-    """Serve the request that could least afford to wait; it displaces those with more slack when it cannot start.
+    """Serve the request that could least afford to wait.
 
     Rule: least slack, or laxity, first (Mok, 1983). Slack is the time until a deadline less the work that must be done
     by then: for the next token the tokens to compute, at `prefill_us_per_token`; for the end, where E2E was promised,
     also the output tokens that are predicted to be left, at `decode_ms_per_token`. The lesser of the two counts.
     Between requests only the difference matters, so that "now" cancels out, and the order of those who wait does not
     change as time passes. Whoever was promised nothing comes last. Whoever was preempted `preempted_at_most` times
-    stays ahead of its class to its end. Classes go first. With `displace = false` it only orders those who wait.
+    stays ahead of its class to its end. Classes go first. It orders those who wait; with `displace` they may also
+    displace those who run, and do so often, since whoever waits has its prompt to compute and so the lesser slack.
 
     Good where prompts or answers differ much in length, so that of two equal deadlines one is nearer. It goes by the
     two rates, which should be the engine's; above saturation it fails all alike, as `earliest_deadline` does. Starves
@@ -29,7 +30,7 @@ class LeastSlack(RankedOrder):
         lengths: LengthPredictor,
         prefill_us_per_token: float = 100.0,
         decode_ms_per_token: float = 30.0,
-        displace: bool = True,
+        displace: bool = False,
         preempted_at_most: int = 8,
         skip_refused: bool = False,
     ) -> None:
@@ -56,7 +57,6 @@ class LeastSlack(RankedOrder):
         return (1, slack)
 
     def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
-        super().request_ended(request, num_output_tokens)
         self._predicted.pop(request.id, None)
         self._lengths.request_ended(request, num_output_tokens)
 

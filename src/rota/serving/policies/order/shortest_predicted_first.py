@@ -54,7 +54,11 @@ class ShortestPredictedFirst(RankedOrder):
         self._promotions: dict[RequestId, tuple[int, int]] = {}
         """Of those who were promoted: which promotion it was, and the output tokens that end it."""
         self._num_promotions = 0
+        self._seen: list[SequenceView] = []
+        """Who ran when last looked."""
         self.repeatable = starvation_steps == 0
+
+    fixed_ranks = True
 
     def rank(self, sequence: SequenceView) -> Rank:
         if sequence.num_preemptions >= self._preempted_at_most:
@@ -71,25 +75,29 @@ class ShortestPredictedFirst(RankedOrder):
     def look(self, view: EngineView) -> None:
         if not self._starvation_steps:
             return
-        self._idling.served(view.running)
+        if view.running != self._seen:
+            self._seen = list(view.running)
+            self._idling.served(self._seen)
         if self._promotions:
             for sequence in view.running:
                 promotion = self._promotions.get(sequence.id)
                 if promotion is not None and sequence.num_output_tokens >= promotion[1]:
                     del self._promotions[sequence.id]
+                    self.forget_rank(sequence.id)
         for sequence in self._idling.overdue(self._num_looks - self._starvation_steps):
             if sequence.id not in self._promotions:
                 self._num_promotions += 1
                 end = sequence.num_output_tokens + self._promoted_tokens
                 self._promotions[sequence.id] = (self._num_promotions, end)
-                self.promote(sequence)
+                self.rank_again(sequence)
 
     def came_to_wait(self, sequence: SequenceView, rank: Rank) -> None:
+        self.forget_rank(sequence.id)
         if self._starvation_steps and rank[0] == 2:
             self._idling.begin(sequence, self._num_looks)
 
     def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
-        super().request_ended(request, num_output_tokens)
+        self.forget_rank(request.id)
         self._scores.pop(request.id, None)
         self._promotions.pop(request.id, None)
         self._idling.end(request.id)

@@ -88,13 +88,12 @@ class SkipJoinMlfq(RankedOrder):
                 place.time = 0
                 self._num_places += 1
                 place.number = self._num_places
-                self.promote(sequence)
+                self.rank_again(sequence)
 
     def came_to_wait(self, sequence: SequenceView, rank: Rank) -> None:
         self._idling.begin(sequence, self._looked_at)
 
     def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
-        super().request_ended(request, num_output_tokens)
         self._places.pop(request.id, None)
         self._idling.end(request.id)
 

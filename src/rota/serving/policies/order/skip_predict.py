@@ -55,7 +55,6 @@ class SkipPredict(RankedOrder):
         return (2, max(0.0, predicted - sequence.num_output_tokens) // self._bucket_tokens)
 
     def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
-        super().request_ended(request, num_output_tokens)
         self._predicted.pop(request.id, None)
         self._lengths.request_ended(request, num_output_tokens)
         self._quick_lengths.request_ended(request, num_output_tokens)
