@@ -1,11 +1,11 @@
 """What an order of an engine's sequences costs a step, with 128 running and 1,000 waiting of as many tenants.
 
-    python benchmarks/order_cost.py [--num-steps N] [--order NAME ...] > result.json
+    python benchmarks/order_cost.py [--num-steps N] [--rounds R] [--order NAME ...] > result.json
 
 Two loads: in `full` nobody ends, so that nobody who waits can start; in `turning over` one request ends and another
 arrives in every step. `order_us` is the time inside the order policy and in choosing whom it displaces; `step_us` is
 all that the instance machine needs to plan the step. Counted is CPU time; a figure is a
-median over the steps. Steps take 20 ms; the queues of `skip_join_mlfq` have quanta of
+median over the steps of the quietest round. Steps take 20 ms; the queues of `skip_join_mlfq` have quanta of
 many, as they must where a preempted request is computed again.
 """
 
@@ -143,15 +143,27 @@ def measure(name, *, is_turning_over, num_steps, seed=0):
     }
 
 
+def quietest(rounds):
+    """The round of the lowest median: what else a machine does can only add to it. With the highest beside it."""
+    best = min(rounds, key=lambda one: one["order_us"])
+    return best | {"order_us_highest_round": max(one["order_us"] for one in rounds)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--order", nargs="+", default=ORDER.names())
     arguments = parser.parse_args()
     found = {}
     for name in arguments.order:
         found[name] = {
-            load: measure(name, is_turning_over=load != "full", num_steps=arguments.num_steps)
+            load: quietest(
+                [
+                    measure(name, is_turning_over=load != "full", num_steps=arguments.num_steps)
+                    for _ in range(arguments.rounds)
+                ]
+            )
             for load in ("full", "turning over")
         }
         print(f"{name}: {[round(each['order_us']) for each in found[name].values()]} µs", file=sys.stderr)

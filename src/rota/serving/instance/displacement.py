@@ -38,16 +38,7 @@ def choose_displaced(
     if waiting is None or not line or not order.displaces(view, waiting, line[-1]):
         return []
     num_slots = limits.max_num_seqs - len(running) - num_slots_aside
-    num_tokens, num_blocks = token_budget, view.num_free_blocks
-    for sequence in running:
-        computed = sequence.num_computed_tokens
-        pending = sequence.num_tokens - computed
-        if pending == 1:  # most decode
-            num_tokens -= 1
-            num_blocks -= computed % limits.block_size == 0
-        else:
-            num_tokens -= min(pending, chunk_max)
-            num_blocks -= _growth(sequence, chunk_max, limits.block_size)
+    num_tokens, num_blocks = _left_by_running(view, running, token_budget, chunk_max)
     num_taken = 0
     victims: list[SequenceView] = []
     starters: list[SequenceView] = []
@@ -77,6 +68,23 @@ def choose_displaced(
         num_tokens -= min(waiting.num_pending_tokens, chunk_max)
         waiting = cursor.next()
     return victims
+
+
+def _left_by_running(
+    view: EngineView, running: list[SequenceView], token_budget: int, chunk_max: int
+) -> tuple[int, int]:
+    """The tokens and blocks of this step that those who run leave over."""
+    num_tokens, num_blocks, block_size = token_budget, view.num_free_blocks, view.limits.block_size
+    for sequence in running:
+        computed = sequence.num_computed_tokens
+        pending = sequence.num_tokens - computed
+        if pending == 1:  # most decode
+            num_tokens -= 1
+            num_blocks -= computed % block_size == 0
+        else:
+            num_tokens -= min(pending, chunk_max)
+            num_blocks -= _growth(sequence, chunk_max, block_size)
+    return num_tokens, num_blocks
 
 
 def _outranked(
