@@ -43,8 +43,8 @@ class FairTokens:
     Good where tenants send what they like: a heavy one delays itself. Starves no tenant; within a tenant it is first
     come, first served, and a class may starve those below it. The one that waits first ends the walk, though a smaller
     request of another tenant would fit (as published). Costs a look at the tenants who came or left in each step
-    that has room, and a note for each running request. Where steps overlap (asynchronous scheduling) the count runs a token
-    behind.
+    that has room, and a note for each running request. Where steps overlap (asynchronous scheduling) the count runs a
+    token behind.
     """
 
     requires: EngineCapabilities = frozenset({Capability.ORDER_WAITING})
