@@ -68,11 +68,11 @@ def test_history_says_the_quantile_of_the_last_answers():
 
 
 def test_history_is_bounded_and_keeps_what_is_used():
-    history = History(num_least=1, num_groups=10, num_kept=4)
+    history = History(quantile=0.0, num_least=4, num_groups=6, num_kept=4)
     for number in range(1000):
         history.request_ended(request(tenant=f"t{number}"), 5)
         history.request_ended(request(tenant="steady"), 7)
-    assert len(history._groups) == 10
+    assert len(history._groups) == 6
     assert all(len(lately.sorted) == len(lately.by_time) <= 4 for lately in history._groups.values())
     assert history.predict(request(tenant="steady")) == 7
 

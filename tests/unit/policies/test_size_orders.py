@@ -174,10 +174,22 @@ def test_short_work_overtakes_until_the_long_has_waited_long():
     order = HighestResponseRatio(lengths=DECLARED)
     early = [job("busy", 20), job("long", 40, at=1), job("short", 2, at=2)]
     assert ended(early, order) == ["busy", "short", "long"]
-    # The long one has waited for 59 ms by 40 tokens, and the other for none by 2.
-    late = [job("busy", 30), job("long", 40, at=1), job("short", 2, at=59)]
-    assert ended(late, order, max_num_seqs=1)[1:] in (["long", "short"], ["short", "long"])
     assert ended(early, Fcfs()) == ["busy", "long", "short"]
+    # When the first ends, the long one has waited for 1.5 times its 40 tokens, the other for half of its 2.
+    late = [job("busy", 60), job("long", 40, at=1), job("short", 2, at=59)]
+    assert ended(late, order) == ["busy", "long", "short"]
+
+
+def test_whoever_follows_one_of_its_kind_has_its_own_wait():
+    order = HighestResponseRatio(lengths=DECLARED)
+    busy = [job("busy-0", 60), job("busy-1", 59), job("busy-2", 59)]  # The last two begin a step later.
+    waiting = [job("first", 8, at=1), job("other", 16, at=20), job("follows", 8, at=58)]
+    admitted = next(
+        [grant.request_id for grant in step.grants]
+        for step in played(busy + waiting, order, max_num_seqs=3).steps()
+        if any(grant.request_id == "first" for grant in step.grants)
+    )
+    assert admitted == ["first", "other", "follows"]
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------
