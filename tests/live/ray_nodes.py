@@ -87,6 +87,11 @@ def autoscaled(num_nodes_max: int, num_cpus: int) -> Iterator[str]:
                     os.kill(pid, signal.SIGKILL)
 
 
+HEAD = "ray.head.default"
+"""What Ray's provider of local nodes takes the head for, whatever the file calls it. Under another name it is never
+there, and one is started and ended without end."""
+
+
 def _autoscaler(address: str, num_nodes_max: int, num_cpus: int) -> dict[str, Any]:
     provider = {"use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True}
     worker = {"CPU": num_cpus, "object_store_memory": STORE}
@@ -98,10 +103,10 @@ def _autoscaler(address: str, num_nodes_max: int, num_cpus: int) -> dict[str, An
         "max_workers": num_nodes_max,
         "provider": {"type": "fake_multinode", "gcs_address": address, **provider},
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": num_nodes_max},
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 0.05,
         "file_mounts_sync_continuously": False,

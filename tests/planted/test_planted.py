@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = "tests/machines/test_instance_cases.py"
 LAWS = "tests/unit/policies/test_laws.py"

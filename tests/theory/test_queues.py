@@ -74,7 +74,7 @@ def mean_wait(records, service=SERVICE):
     return mean, deviation / sqrt(NUM_BATCHES)
 
 
-@pytest.mark.parametrize(("load", "num_steps"), [(0.5, 1), (0.8, 2)])
+@pytest.mark.parametrize(("load", "num_steps"), [(0.5, 1), pytest.param(0.8, 2, marks=pytest.mark.slow)])
 def test_the_mean_wait_of_m_d_1(load, num_steps):
     """Pollaczek and Khinchine: with constant service the mean wait is load / (2 (1 - load)) services."""
     cluster = simulate(one_server(), poisson(load, NUM_SERVED, num_steps), SERVICE // num_steps)

@@ -70,6 +70,7 @@ def check_harm_was_done(aborted, reasons, statuses, num_resumed, at_least):
     assert statuses["finished"] > 20 * statuses["failed"]
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_in_five_thousand_migrations():
     ways, aborted, reasons, num_committed, statuses, num_resumed = play_many(range(32))
     assert set(ways) == set(WAYS)

@@ -70,12 +70,14 @@ def test_every_policy_is_here(registry, sound):
     assert {name.partition(",")[0] for name in sound} == set(registry.table)
 
 
+IS_SLOW = {"strict_priority, ageing fast", "strict_priority, ageing"}
 OF_FEW_EXAMPLES = {name for name in SOUND_ORDERS if not name.startswith(("fair_tokens", "fcfs", "strict_priority"))}
 """Orders that displace are asked about each pair of sequences in each step, which takes long."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OF_FEW_EXAMPLES)) for name in SOUND_ORDERS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in OF_FEW_EXAMPLES | IS_SLOW)) for name in SOUND_ORDERS],
 )
 def test_order(name):
     check_order_policy(SOUND_ORDERS[name], **({"max_examples": 2} if name in OF_FEW_EXAMPLES else {}))
