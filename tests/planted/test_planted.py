@@ -129,7 +129,19 @@ BUGS = {
 
 def run(source, tests):
     words = [str(REPOSITORY / word) if word.startswith("tests/") else word for word in tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *words,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(source)}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
