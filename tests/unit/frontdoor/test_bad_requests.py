@@ -1,10 +1,10 @@
 """Bad input over a real socket: every row is answered with the right status, in OpenAI's error shape, naming the
 spot."""
 
-import asyncio
 import json
 
 import pytest
+from tests.attack.wire import answer_to
 
 from rota.serving.frontdoor.http1 import HttpLimits
 from rota.serving.frontdoor.serve import ServeConfig
@@ -197,19 +197,6 @@ BAD = {
     "a tunnel": (b"CONNECT example.org:443 HTTP/1.1\r\nhost: t\r\n\r\n", 405, None, "CONNECT"),
     "delete the models": (b"DELETE /v1/models HTTP/1.1\r\nhost: t\r\n\r\n", 405, None, "GET"),
 }
-
-
-async def answer_to(port: int, sent: bytes) -> tuple[int, dict[str, str], bytes]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(sent)
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-        status_line, *lines = head.decode("latin-1").strip().split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 5)
-        return int(status_line.split()[1]), headers, body
-    finally:
-        writer.close()
 
 
 @pytest.mark.asyncio

@@ -169,7 +169,7 @@ class InstanceBook:
         if not self.ready:
             return "none is ready"
         if self.is_full_for(tracked):
-            return f"each of {len(self.ready)} has {self._max_outstanding} requests"
+            return f"those of {len(self.ready)} that could have {self._max_outstanding} requests each"
         what = f"{tracked.num_tokens} tokens that go on" if tracked.num_resumptions else None
         return f"none of {len(self.ready)} takes {what or f'{tracked.request.num_prompt_tokens} prompt tokens'}"
 

@@ -246,16 +246,22 @@ class RouterQueue:
                 self._waiting.remove(known)
 
     def _walk_ordered(self, order: OrderPolicy, try_one: Callable[[RequestId], "Tried"]) -> None:
-        with Asked(order, "the queue of the router") as asked:
+        asked = Asked(order, "the queue of the router")
+        with asked:
             cursor: Cursor = order.open(self._view(), Pool.WAITING)
-            while (queued := cursor.next()) is not None:
-                if not isinstance(queued, QueuedRequest) or queued.id not in self._held:
-                    raise asked.broken(f"gave {queued!r}, which does not wait")
-                tried = try_one(queued.id)
+        while True:
+            with asked:
+                queued = cursor.next()
+            if queued is None:
+                return
+            if not isinstance(queued, QueuedRequest) or queued.id not in self._held:
+                raise asked.broken(f"gave {queued!r}, which does not wait")
+            tried = try_one(queued.id)  # What goes wrong in there is not the order's.
+            with asked:
                 if tried is Tried.WENT:
                     cursor.granted(queued, queued.num_pending_tokens)
                 elif tried is Tried.FULL and cursor.refused(queued, Refusal.NO_SLOT) is OnRefusal.STOP:
-                    break
+                    return
 
     def _show_running(self) -> None:
         assert self._order is not None

@@ -3,9 +3,7 @@
 from rota.base.errors import ConfigError
 from rota.base.instant import Instant, seconds, to_seconds
 from rota.serving.api import NOTHING, Admission, ClusterView, EngineCapabilities, Request
-
-RETRY_AFTER_SECONDS_MIN = 1.0
-RETRY_AFTER_SECONDS_MAX = 60.0
+from rota.serving.policies.admission.drain_rate import RETRY_AFTER_SECONDS_MAX, RETRY_AFTER_SECONDS_MIN
 
 
 class BoundedQueue:
