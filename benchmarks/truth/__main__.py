@@ -115,6 +115,10 @@ def _print_table(rows: Sequence[TruthRow], failures: dict[str, str]) -> None:
     console.print(table)
     verdicts = [row.verdict for row in rows]
     print(f"{verdicts.count('holds')} hold, {verdicts.count('missed')} missed, {verdicts.count('shown')} shown")
+    # A log that is cut shows its end.
+    for row in rows:
+        if row.verdict == "missed":
+            print(f"missed: {row.group}, {row.case}: {row.quantity}: {_percent(row.error, '+')} ({row.note})")
     for group, failure in failures.items():
         print(f"{group} could not be run: {failure}")
 

@@ -1,12 +1,28 @@
 """The clock on which neighbours take nothing, and who is who in the engine's journal."""
 
-import msgspec
-from benchmarks.truth.live import LOADS, Request, Run, _arrived, _in_cpu_time, _live, _plan, _taken
-from tests.unit.calibration.fabricated import facts, straight
+from dataclasses import replace
 
+import msgspec
+import pytest
+from benchmarks.truth.live import (
+    LOADS,
+    Measured,
+    Request,
+    Run,
+    _arrived,
+    _drift,
+    _in_cpu_time,
+    _live,
+    _plan,
+    _taken,
+)
+from tests.unit.calibration.fabricated import ENGINE, facts, straight
+
+from rota.serving.calibration.calibrate import Origin, calibrate
 from rota.serving.calibration.steps import NUM_STEPS_MIN, steps_of
 
 MS = 1_000_000
+ORIGIN = Origin("a test", "2026-01-01", "here", "none")
 STEP_NS, GAP_NS = 100 * MS, 10 * MS
 
 
@@ -38,6 +54,18 @@ def test_without_neighbours_both_clocks_agree() -> None:
     assert _in_cpu_time(run).requests == [request]
     assert _taken(run.steps) == 0.0
     assert _taken(a_run([request], cpu_share=0.5).steps) == 0.5
+
+
+def test_a_machine_that_slowed_down_is_told_from_a_profile_that_is_off() -> None:
+    def measured(seed: int, *, slower: float) -> Measured:
+        first, second = (steps_of(facts(straight, num_stretches=3, seed=seed + at), "steps") for at in (0, 1))
+        runs = [Run(LOADS[0], 0, [], first), Run(LOADS[0], 1, [], replace(second, step_ns=second.step_ns * slower))]
+        return Measured(
+            calibrate(first, facts(straight, num_stretches=3, seed=seed), ENGINE, ORIGIN), None, first, runs
+        )
+
+    assert _drift(measured(3, slower=1.0)) < 0.02
+    assert _drift(measured(3, slower=1.2)) == pytest.approx(0.2, abs=0.03)
 
 
 def test_a_request_is_the_first_of_its_length_that_nobody_else_is() -> None:

@@ -60,6 +60,7 @@ def test_a_missed_bound_fails(monkeypatch, capsys):
     code, out = table(monkeypatch, capsys, HOLDS, MISSED)
     assert code == 1
     assert "-10.00%" in out
+    assert out.splitlines()[-1].startswith("missed: theory, a queue: mean wait: -10.00%")
 
 
 def test_a_group_without_its_data_fails_and_says_what_is_absent(monkeypatch, capsys):
