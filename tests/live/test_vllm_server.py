@@ -10,10 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from openai import OpenAI
 
+from rota.base.instant import milliseconds
+from rota.base.journal import read_journal
 from rota.serving.engines.managed import free_port
 from rota.serving.engines.model_package import prepare_model
 from rota.serving.engines.vllm.facts import read_facts
+from rota.serving.engines.vllm.replay import ROW_TYPES
 from rota.serving.engines.vllm.server import VllmServer
+from rota.serving.model.events import SequenceArrived
+from rota.serving.model.request import SLO
 
 pytestmark = pytest.mark.live
 
@@ -30,6 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
         served_model_name="smollm2-135m",
         stack=folder / "stack.toml",
         facts=folder / "facts.jsonl",
+        journal=folder / "journal",
         max_model_len=512,
         max_num_seqs=4,
     )
@@ -88,3 +94,23 @@ def test_it_answers_sensibly_and_says_what_it_did(server: VllmServer) -> None:
     assert max(record.num_running for record in facts) == 4
     assert max(record.num_waiting for record in facts) > 0
     assert all(record.step_ns > 0 for record in facts)
+
+
+def test_the_scheduler_inside_hears_tenant_and_targets(server: VllmServer) -> None:
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    told = {"tenant": "team", "slo_ttft_ms": 750.0, "slo_tpot_ms": 40, "waited_ms": 60_000.0}
+    for extra in ({}, {"vllm_xargs": told}):
+        client.completions.create(model=server.served_model_name, prompt="Once", max_tokens=2, extra_body=extra)
+    assert server.journal is not None
+    deadline = time.monotonic() + 10
+    while True:
+        events = [row.event for row in read_journal(server.journal, ROW_TYPES)]
+        requests = [event.request for event in events if isinstance(event, SequenceArrived)]
+        if any(request.tenant == "team" for request in requests):
+            break
+        assert time.monotonic() < deadline, "its arrival is not in the journal"
+        time.sleep(0.2)
+    request = next(request for request in requests if request.tenant == "team")
+    assert request.slo == SLO(ttft=milliseconds(750), tpot=milliseconds(40))
+    before = max(request.arrived_at for request in requests if request.tenant != "team")
+    assert request.arrived_at < before, "what it waited at the router is counted"

@@ -46,10 +46,10 @@ def body_of(*, chat: bool = True, **extra: Any) -> dict[str, Any]:
     return {"model": "m", "stream": True, "max_tokens": 20, "ignore_eos": True, **prompt, **extra}
 
 
-async def ask(running: RunningRouter, body: dict[str, Any]) -> tuple[str, bytes]:
+async def ask(running: RunningRouter, body: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[str, bytes]:
     """Id and events of a stream."""
-    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    async with aiohttp.ClientSession() as session, session.post(running.url + path, json=body) as answer:
+    url = running.url + ("/v1/chat/completions" if "messages" in body else "/v1/completions")
+    async with aiohttp.ClientSession() as session, session.post(url, json=body, headers=headers) as answer:
         return answer.headers["x-request-id"], await answer.read()
 
 
@@ -149,6 +149,19 @@ async def test_what_is_asked_for_again_is_the_rest_of_the_same() -> None:
     num_tokens = max(count for count in range(6) if count == 0 or not begins_character(ids[count - 1]))
     assert prompt[-num_tokens:] == ids[:num_tokens]
     assert second == {**first, "max_tokens": 20 - num_tokens, "min_tokens": 8 - num_tokens}
+
+
+@pytest.mark.asyncio
+async def test_a_vllm_is_told_whose_a_request_is_and_what_was_promised() -> None:
+    body = body_of(max_tokens=20, vllm_xargs={"mine": 1})
+    async with served(Break(6, "kill")) as (running, servers):
+        headers = {"x-gateway-inference-fairness-id": "team", "x-slo-ttft-ms": "500", "x-slo-tpot-ms": "25.5"}
+        await ask(running, body, headers=headers)
+        bodies = [server.bodies[0] for server in servers if server.bodies]
+    assert len(bodies) == 2, "it went on elsewhere"
+    told = {"mine": 1, "tenant": "team", "slo_ttft_ms": 500.0, "slo_tpot_ms": 25.5}
+    for each in bodies:
+        assert {name: each["vllm_xargs"][name] for name in told} == told
 
 
 STAYS: Sequence[dict[str, Any]] = (

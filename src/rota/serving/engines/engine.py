@@ -24,6 +24,10 @@ class EngineCall(msgspec.Struct, frozen=True, gc=False):
     """To be sent along, with those of the connection itself left out."""
     body: bytes
     stream: bool
+    has_arguments: bool = True
+    """False where the body is known to have no `vllm_xargs`."""
+    waited: Duration = Duration(0)
+    """From its arrival until it was sent on, where that is worth telling an engine; else 0."""
 
 
 class AnswerSink(Protocol):

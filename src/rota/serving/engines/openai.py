@@ -9,6 +9,7 @@ from rota.base.errors import EngineError
 from rota.base.instant import Instant
 from rota.serving.engines.engine import AnswerSink, EngineCall, EngineStatus
 from rota.serving.engines.http_client import Call, Headers, HttpClient
+from rota.serving.engines.vllm.arguments import with_arguments
 from rota.serving.model.capabilities import NOTHING, Capability, EngineCapabilities
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceReport, InstanceSpec
 from rota.serving.model.request import RequestId
@@ -130,11 +131,13 @@ class OpenAIEngine:
         request_id = call.request.id
         # The dictionary must know the call before its end can be reported.
         passing = _Passing(self._calls, request_id, sink)
-        headers = call.headers
-        if not self._is_vllm:
+        headers, body = call.headers, call.body
+        if self._is_vllm:
+            body = with_arguments(call)
+        else:
             # Some servers refuse a request whose id is no UUID (llama-cpp-python answers an empty 400). vLLM takes any.
             headers = [header for header in headers if header[0] != b"x-request-id"]
-        self._calls[request_id] = self.client.send("POST", call.path, headers, call.body, passing)
+        self._calls[request_id] = self.client.send("POST", call.path, headers, body, passing)
 
     def abort(self, request_id: RequestId) -> None:
         call = self._calls.pop(request_id, None)

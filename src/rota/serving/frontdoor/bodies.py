@@ -25,6 +25,8 @@ _Priority = (
 _Choices = Annotated[int, msgspec.Meta(ge=1, le=1024)] | Annotated[float, msgspec.Meta(multiple_of=1, ge=1, le=1024)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 _Name = Annotated[str, msgspec.Meta(max_length=256)]
+_Shown = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$")]
+"""A name that people are shown, in terminals too: as in the headers, printable ASCII."""
 
 
 class ContentPart(msgspec.Struct):
@@ -50,6 +52,7 @@ class AgenticContext(msgspec.Struct):
 class ExtraArguments(msgspec.Struct):
     """vLLM's free arguments, as far as the router reads them."""
 
+    tenant: _Shown | None = None
     session_id: _Name | None = None
     agentic_context: AgenticContext | None = None
 
@@ -76,7 +79,7 @@ class Body(msgspec.Struct, kw_only=True):
     priority: _Priority | None = None
     session_id: _Name | None = None
     cache_salt: str | None = None
-    vllm_xargs: ExtraArguments | None = None
+    vllm_xargs: ExtraArguments | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class ChatBody(Body, kw_only=True):

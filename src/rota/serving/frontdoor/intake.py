@@ -1,5 +1,7 @@
 """From an HTTP request to the facts that policies decide on, and to the call that an engine is sent."""
 
+import msgspec
+
 from rota.base.instant import Instant
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.frontdoor import bodies, prompts
@@ -97,7 +99,7 @@ class Intake:
             num_prompt_tokens=num_tokens,
             max_tokens=int(max_tokens),
             priority=priority,
-            tenant=TenantId(identity.tenant) if identity.tenant else DEFAULT_TENANT,
+            tenant=_tenant(identity, body),
             program=program,
             session=session,
             slo=identity.slo,
@@ -114,6 +116,7 @@ class Intake:
             headers=_forwarded(http.headers, request, identity, _NOT_FORWARDED if holder is None else _NOT_PAST_KEYS),
             body=raw,
             stream=bool(body.stream),
+            has_arguments=holder is not None or body.vllm_xargs is not msgspec.UNSET,
         )
 
     def _request_id(self, identity: Identity) -> RequestId:
@@ -136,6 +139,11 @@ def _check_media_type(http: HttpRequest) -> None:
 
 def _priority(identity: Identity, body: bodies.Body) -> int:
     return identity.priority if identity.priority is not None else int(body.priority or 0)
+
+
+def _tenant(identity: Identity, body: bodies.Body) -> TenantId:
+    tenant = identity.tenant or (body.vllm_xargs.tenant if body.vllm_xargs else None)
+    return TenantId(tenant) if tenant else DEFAULT_TENANT
 
 
 def _session(identity: Identity, body: bodies.Body) -> str | None:

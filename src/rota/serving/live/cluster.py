@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from rota.base.errors import EngineError, LawBroken, RotaError
-from rota.base.instant import Duration, Instant, to_seconds
+from rota.base.instant import Duration, Instant, milliseconds, to_seconds
 from rota.runtime.live import LiveLoop
 from rota.serving.assemble import CLUSTER
 from rota.serving.cluster.machine import ClusterMachine
@@ -54,6 +54,8 @@ from rota.serving.model.events import (
 from rota.serving.model.instance import InstanceId, InstanceReport, SequenceReport
 from rota.serving.model.request import RequestId
 
+_WAIT_TOLD = milliseconds(50)
+"""Engines are told of a wait at the router from here on: for less a body is not written anew."""
 _TEXT_SECONDS = 10.0
 """How long the next engine may take to say what a handful of tokens say."""
 
@@ -379,6 +381,9 @@ class LiveCluster:
             return
         flight.answer = flight.resumption = None
         call = flight.call
+        waited = Duration(self.loop.now() - call.request.arrived_at)
+        if waited >= _WAIT_TOLD:
+            call = msgspec.structs.replace(call, waited=waited)
         if call.stream and call.request.movable and self.can_resume(instance_id):
             flight.resumption = Resumption(call)
             call = flight.resumption.first_call()

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rota.base.instant import NANOSECONDS_PER_SECOND, Instant
+from rota.serving.engines.vllm.arguments import read_arguments
 from rota.serving.model.instance import InstanceLimits
-from rota.serving.model.request import DEFAULT_TENANT, Request, RequestId, TenantId
+from rota.serving.model.request import Request, RequestId, TenantId
 
 if TYPE_CHECKING:
     from rota.serving.engines.vllm.queue import PolicyQueue
@@ -138,18 +139,20 @@ def fact_of(request: Any, now: Instant, wall: int) -> Request:
     """The frozen fact of a vLLM request that has just arrived at the scheduler.
 
     `now` is the engine's clock and `wall` the wall clock, both at this moment, in ns: vLLM stamps arrival with the API
-    server's wall clock. The id is vLLM's own. The tenant comes from `vllm_xargs.tenant` of the request body.
+    server's wall clock, and the router's wait is put before it. The id is vLLM's own. Tenant and targets come from
+    `vllm_xargs` of the request body.
     """
     age = max(0, wall - round(request.arrival_time * NANOSECONDS_PER_SECOND))
     parameters = request.sampling_params
-    extra = getattr(parameters, "extra_args", None) or {}
+    told = read_arguments(getattr(parameters, "extra_args", None))
     return Request(
         id=RequestId(request.request_id),
-        arrived_at=Instant(now - age),
+        arrived_at=Instant(now - age - told.waited),
         num_prompt_tokens=request.num_prompt_tokens,
         max_tokens=request.max_tokens,
         priority=request.priority,
-        tenant=TenantId(str(extra.get("tenant", DEFAULT_TENANT))),
+        tenant=told.tenant,
         session=request.session_id,
+        slo=told.slo,
         block_hashes=tuple(block_hash.hex() for block_hash in request.block_hashes),
     )

@@ -1,0 +1,63 @@
+"""What a vLLM is told of a request beside the client's body, and what the scheduler inside it reads."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rota.base.instant import Duration, Instant, milliseconds
+from rota.serving.engines.engine import EngineCall
+from rota.serving.engines.vllm.arguments import Arguments, read_arguments, with_arguments
+from rota.serving.model.request import DEFAULT_TENANT, SLO, Request, RequestId, TenantId
+
+NAMES = st.sampled_from(["tenant", "slo_ttft_ms", "slo_tpot_ms", "waited_ms", "mine"])
+TARGETS = st.none() | st.integers(1, 86_400_000).map(milliseconds)
+
+
+def call(body: bytes, tenant: str = DEFAULT_TENANT, slo: SLO | None = None, waited: int = 0) -> EngineCall:
+    request = Request(RequestId("r"), Instant(0), 1, 1, tenant=TenantId(tenant), slo=slo or SLO())
+    return EngineCall(request, "/v1/completions", [], body, False, waited=Duration(waited))
+
+
+@given(
+    tenant=st.sampled_from([DEFAULT_TENANT, "a", 'quoted " and more']),
+    ttft=TARGETS,
+    tpot=TARGETS,
+    waited=st.just(0) | st.integers(1, 10**12),
+    theirs=st.none() | st.dictionaries(NAMES, st.integers(0, 9) | st.text(max_size=3)),
+    prompt=st.sampled_from(["hi", 'says "vllm_xargs": {', "{"]),
+)
+def test_the_engine_reads_what_the_router_knows_and_the_rest_stays(
+    tenant: str, ttft: Duration | None, tpot: Duration | None, waited: int, theirs: dict[str, Any] | None, prompt: str
+) -> None:
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 3}
+    if theirs is not None:
+        body["vllm_xargs"] = theirs
+    raw = b" \n" + json.dumps(body).encode()
+    asked = call(raw, tenant, SLO(ttft, tpot), waited)
+    if theirs is None:
+        asked = msgspec.structs.replace(asked, has_arguments=False)
+    told = json.loads(with_arguments(asked))
+    extra = told.pop("vllm_xargs", {})
+    assert told == {"prompt": prompt, "max_tokens": 3}
+    read = read_arguments(extra)
+    if tenant != DEFAULT_TENANT:
+        assert read.tenant == tenant
+    for mine, its in ((ttft, read.slo.ttft), (tpot, read.slo.tpot), (waited or None, read.waited)):
+        assert mine is None or its == pytest.approx(mine, abs=1000)
+    for name, value in (theirs or {}).items():
+        if name == "mine":
+            assert extra[name] == value
+
+
+def test_a_body_with_nothing_to_be_told_is_not_touched() -> None:
+    raw = b'{ "prompt":"x" , "vllm_xargs": null }'
+    assert with_arguments(call(raw)) is raw
+
+
+@pytest.mark.parametrize("value", ["9", -1, 0, float("nan"), 1e12, None, [1]])
+def test_what_makes_no_sense_is_not_there(value: object) -> None:
+    assert read_arguments({"slo_ttft_ms": value, "slo_tpot_ms": value, "waited_ms": value}) == Arguments()
