@@ -58,6 +58,7 @@ class WritesToViews:
         (answering(Admission(False, "no", retry_after_seconds=0.0)), "come back"),
         (answering(Admission(True, "yes", retry_after_seconds=1.0)), "come back"),
         (answering(Admission(False, "never")), "law 7"),
+        (answering(Admission(False, "it does not fit", status=400)), "law 7"),
         (CountsForAll, "law 8"),
         (WritesToViews, "law 13"),
     ],
@@ -72,18 +73,18 @@ def test_bounded_queue_admits_up_to_its_bound_and_says_why_not_beyond():
     policy = BoundedQueue(max_unfinished=2)
     assert policy.admit(REQUEST, at(0), 1).admitted
     refusal = policy.admit(REQUEST, at(0), 2)
-    assert (refusal.admitted, refusal.status, refusal.retry_after_seconds) == (False, 503, 1.0)
-    assert refusal.reason == ("the server is overloaded: 2 requests are unfinished and 2 may be; try again in 1 s")
+    assert (refusal.admitted, refusal.status, refusal.retry_after_seconds) == (False, 503, 60.0)
+    assert refusal.reason == ("the server is overloaded: 2 requests are unfinished and 2 may be; try again in 60 s")
 
 
 def test_bounded_queue_derives_the_time_to_come_back_from_completions():
     policy = BoundedQueue(max_unfinished=100)
     for number in range(100):
         assert policy.admit(REQUEST, at(0), number).admitted
-    # In 10 s, 20 of the 100 ended, so ten places come free in 5 s.
-    for number in range(80, 100):
+    # In 10 s, 5 of the 100 ended, so a place comes free every 2 s: the first who is turned away takes the first.
+    for number in range(95, 100):
         assert policy.admit(REQUEST, at(10), number).admitted
-    assert policy.admit(REQUEST, at(11), 100).retry_after_seconds == 5.0
+    assert [policy.admit(REQUEST, at(11), 100).retry_after_seconds for _ in range(3)] == [2.0, 4.0, 6.0]
     # And then none ended any more.
     assert policy.admit(REQUEST, at(20), 100).retry_after_seconds == 60.0
 

@@ -21,8 +21,9 @@ class DrainRate:
         self._num_turned_away = 0
         self._per_second = 0.0
 
-    def ended(self) -> None:
-        self._num_ended += 1
+    def ended(self, count: int = 1) -> None:
+        """So many places came free."""
+        self._num_ended += count
 
     def let_in(self, now: Instant) -> None:
         """Somebody was: there are places again."""
