@@ -47,6 +47,7 @@ KNOWN_ON_ARRIVAL = {
     "num_prompt_tokens",
     "max_tokens",
     "declares_max_tokens",
+    "text_counts",
     "priority",
     "tenant",
     "program",

@@ -37,6 +37,10 @@ HandOff = Annotated[
     ),
 ]
 
+TextCounts = Annotated[
+    bool, typer.Option("--text-counts", help="Count each prompt's text (never keep it), to train and use `ranked`.")
+]
+
 
 def serve(
     engine: Annotated[
@@ -73,6 +77,7 @@ def serve(
     journal_max_mb: Annotated[float, typer.Option(help="Where the journal stops growing.")] = 1024.0,
     run_dir: Annotated[Path, typer.Option(help="Logs and per-step facts of the engines.")] = Path("runs"),
     start_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For the first engine to be ready.")] = 600.0,
+    text_counts: TextCounts = False,
     wait_for_all: Annotated[bool, typer.Option(help="Say that it is ready only when every engine is.")] = False,
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="For requests under way, after Ctrl-C.")] = 30.0,
     seed: Seed = 0,
@@ -98,7 +103,7 @@ def serve(
         options=engine_options(engine_option or []),
         hand_off=hand_off,
         profile=profile,
-        serving=_serving(host, port, drain, start_timeout, known),
+        serving=_serving(host, port, drain, start_timeout, known, text_counts),
         journal_path=journal,
         journal_max_bytes=round(positive("--journal-max-mb", journal_max_mb) * 1e6),
         run_dir=run_dir,
@@ -156,7 +161,9 @@ def engine_options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _serving(host: str, port: int, drain: float, start_timeout: float, known: Tenancy) -> "ServeConfig":
+def _serving(
+    host: str, port: int, drain: float, start_timeout: float, known: Tenancy, text_counts: bool
+) -> "ServeConfig":
     from rota.serving.frontdoor.serve import ServeConfig
 
     return ServeConfig(
@@ -165,6 +172,7 @@ def _serving(host: str, port: int, drain: float, start_timeout: float, known: Te
         drain_seconds=at_least_zero("--drain", drain),
         start_timeout_seconds=positive("--start-timeout", start_timeout),
         keys=known.keys,
+        text_counts=text_counts,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from rota.serving.frontdoor.http1 import HttpRequest
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
 from rota.serving.frontdoor.prompts import NUM_BLOCKS_MAX, TOKENS_PER_BLOCK, block_hashes
 from rota.serving.model.request import Request, shared_prefix_blocks
+from rota.serving.model.text_counts import text_counts
 
 JSON = (b"content-type", b"application/json")
 
@@ -126,3 +128,23 @@ def test_salts_do_not_run_into_each_other(first: str, second: str) -> None:
     one = block_hashes(prompt, 64, first.encode(), second.encode())
     two = block_hashes(prompt, 64, (first + second).encode(), b"")
     assert (one == two) == (second == "")
+
+
+def test_text_is_counted_where_that_is_asked_for_and_never_kept() -> None:
+    def counted(path: str, **body: object) -> Request:
+        http = HttpRequest("POST", path, [JSON], json.dumps(body).encode())
+        return Intake(name="t", counts_text=True).read(http, Instant(5)).request
+
+    parts = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    talk = [
+        {"role": "user", "content": "Secret"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": parts},
+    ]
+    asked = counted(CHAT, messages=talk)
+    assert asked.text_counts == text_counts([("user", "Secret"), ("assistant", ""), ("user", "What is it?")])
+    assert b"ecret" not in msgspec.json.encode(asked) and b"What" not in msgspec.json.encode(asked)
+    assert counted(COMPLETIONS, prompt="two words").text_counts == text_counts([("", "two words")], is_chat=False)
+    assert counted(COMPLETIONS, prompt=["two", "words"]).text_counts[3] == 2
+    assert counted(COMPLETIONS, prompt=[1, 2, 3]).text_counts == ()
+    assert read(messages=talk).text_counts == (), "not asked for"

@@ -12,6 +12,7 @@ from rota.base.instant import Duration, Instant, milliseconds
 from rota.serving.engines.engine import EngineCall
 from rota.serving.engines.vllm.arguments import Arguments, read_arguments, with_arguments
 from rota.serving.model.request import DEFAULT_TENANT, SLO, Request, RequestId, TenantId
+from rota.serving.model.text_counts import TEXT_COUNTS
 
 NAMES = st.sampled_from(["tenant", "slo_ttft_ms", "slo_tpot_ms", "waited_ms", "mine"])
 TARGETS = st.none() | st.integers(1, 86_400_000).map(milliseconds)
@@ -51,6 +52,16 @@ def test_the_engine_reads_what_the_router_knows_and_the_rest_stays(
     for name, value in (theirs or {}).items():
         if name == "mine":
             assert extra[name] == value
+
+
+def test_what_was_counted_of_a_text_arrives_whole_or_not_at_all() -> None:
+    counts = tuple(range(len(TEXT_COUNTS)))
+    asked = call(b'{"prompt": "x"}')
+    asked = msgspec.structs.replace(asked, request=msgspec.structs.replace(asked.request, text_counts=counts))
+    extra = json.loads(with_arguments(asked))["vllm_xargs"]
+    assert read_arguments(extra).text_counts == counts
+    for value in (counts[1:], "no", [-1, *counts[1:]], [True, *counts[1:]], [2**31, *counts[1:]], [[], *counts[1:]]):
+        assert read_arguments({"text_counts": value}) == Arguments()
 
 
 def test_a_body_with_nothing_to_be_told_is_not_touched() -> None:

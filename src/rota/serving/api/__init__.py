@@ -38,11 +38,13 @@ from rota.serving.model.fleet import FleetRules, StartOffer, StartSource
 from rota.serving.model.instance import InstanceId, InstanceLimits, Role, SequenceReport
 from rota.serving.model.queueing import QueueRules
 from rota.serving.model.request import SLO, ProgramId, Request, RequestId, TenantId
+from rota.serving.model.text_counts import TEXT_COUNTS
 
 __all__ = [
     "EVERYTHING",
     "NOTHING",
     "SLO",
+    "TEXT_COUNTS",
     "Admission",
     "AdmissionPolicy",
     "BatchDraft",

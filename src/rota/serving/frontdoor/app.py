@@ -45,6 +45,7 @@ class FrontDoor:
         default_max_tokens: int = 1024,
         resume: bool = True,
         keys: KeyRing | None = None,
+        text_counts: bool = False,
     ) -> None:
         """With `keys` nobody is served without one."""
         self.cluster = cluster
@@ -55,7 +56,12 @@ class FrontDoor:
         self._tenants = None if keys is None else TenantMetrics(self.telemetry.registry)
         check_head = None if keys is None else self._check_head
         self.server = HttpServer(self._handle, limits=limits, refused=self._refused, check_head=check_head)
-        self._intake = Intake(name=os.urandom(4).hex(), default_max_tokens=default_max_tokens, resume=resume)
+        self._intake = Intake(
+            name=os.urandom(4).hex(),
+            default_max_tokens=default_max_tokens,
+            resume=resume,
+            counts_text=text_counts,
+        )
         self._description = msgspec.json.encode(describe(self.server.limits))
         self._admin = InstanceAdmin(cluster, self._send)
         self._request_admin = RequestAdmin(cluster, self._send)

@@ -48,13 +48,16 @@ choice."""
 class Intake:
     """Reads requests and names them. One for each front door."""
 
-    def __init__(self, *, name: str, default_max_tokens: int = 1024, resume: bool = True) -> None:
+    def __init__(
+        self, *, name: str, default_max_tokens: int = 1024, resume: bool = True, counts_text: bool = False
+    ) -> None:
         """`name` distinguishes the request ids of this run; `default_max_tokens` is what policies are told where the
         client set no limit for a chat, and is not sent to the engine. Without `resume` every request stays where it
-        began."""
+        began. With `counts_text` requests carry what was counted of their text."""
         self._name = name
         self._default_max_tokens = default_max_tokens
         self._resume = resume
+        self._counts_text = counts_text
         self._num_requests = 0
 
     def read(self, http: HttpRequest, now: Instant, holder: KeyHolder | None = None) -> EngineCall:
@@ -68,6 +71,7 @@ class Intake:
             identity = identity._replace(tenant=holder.tenant)
         body: bodies.Body
         movable = False
+        counts: tuple[int, ...] = ()
         if http.path == CHAT:
             body, messages = bodies.read_chat(http.body)
             prompt, tools = bytes(body.messages), bytes(body.tools)
@@ -76,6 +80,8 @@ class Intake:
             max_tokens = declared or self._default_max_tokens
             if body.stream and self._resume:
                 movable = chat_travels(http.body, messages)
+            if self._counts_text:
+                counts = prompts.message_counts(messages)
         else:
             body, parsed = bodies.read_completion(http.body)
             prompt, tools = bytes(body.prompt), b""
@@ -84,6 +90,8 @@ class Intake:
             max_tokens = declared
             if body.stream and self._resume:
                 movable = completion_travels(http.body, parsed)
+            if self._counts_text:
+                counts = prompts.prompt_counts(parsed)
         priority, salt, raw = _priority(identity, body), body.cache_salt, http.body
         session, program = _session(identity, body), _program(identity, body)
         if holder is not None:
@@ -109,6 +117,7 @@ class Intake:
             hash_block_tokens=prompts.TOKENS_PER_BLOCK,
             declares_max_tokens=declared is not None,
             movable=movable,
+            text_counts=counts,
         )
         return EngineCall(
             request=request,

@@ -9,6 +9,7 @@ different white space share no prefix here; the same client, one turn later, doe
 from hashlib import blake2b
 
 from rota.serving.frontdoor.bodies import Message, Prompt
+from rota.serving.model.text_counts import text_counts
 
 BYTES_PER_TOKEN = 4
 TOKENS_PER_BLOCK = 64
@@ -52,6 +53,17 @@ def num_prompt_tokens(prompt: Prompt) -> int:
     return max(1, num_tokens)
 
 
+def message_counts(messages: list[Message]) -> tuple[int, ...]:
+    """What is counted of the text of a chat; other media have none."""
+    return text_counts([(message.role, _text(message)) for message in messages])
+
+
+def prompt_counts(prompt: Prompt) -> tuple[int, ...]:
+    """What is counted of the text of a completion, several in one request being one text; nothing of token ids."""
+    texts = [prompt] if isinstance(prompt, str) else [item for item in prompt if isinstance(item, str)]
+    return text_counts([("user", "\n".join(texts))], is_chat=False) if texts else ()
+
+
 def block_hashes(prompt: bytes, num_tokens: int, *salts: bytes) -> tuple[int, ...]:
     """Chained 64-bit hashes of the prompt's full blocks. `salts` is what else must agree for a cache to be shared: the
     model, the tenant's cache salt, the tools that the chat template puts in front."""
@@ -66,6 +78,13 @@ def block_hashes(prompt: bytes, num_tokens: int, *salts: bytes) -> tuple[int, ..
         running.update(prompt[start : start + _BLOCK_BYTES])
         hashes.append(int.from_bytes(running.digest(), signed=True))
     return tuple(hashes)
+
+
+def _text(message: Message) -> str:
+    content = message.content
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.text for part in content if part.text is not None)
 
 
 def _num_bytes(text: str) -> int:

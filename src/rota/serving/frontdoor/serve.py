@@ -43,6 +43,8 @@ class ServeConfig(msgspec.Struct, frozen=True):
     """Who may ask; None lets everybody."""
     resume: bool = True
     """Whether streams are followed event by event where they can then go on at another engine."""
+    text_counts: bool = False
+    """Whether each prompt's text is counted (never kept), for a ranker of lengths to learn from and go by."""
     http: HttpLimits = HttpLimits()
     watch: WatchSettings = WatchSettings()
 
@@ -71,6 +73,7 @@ class Router:
             default_max_tokens=config.default_max_tokens,
             resume=config.resume,
             keys=None if config.keys is None else KeyRing(config.keys),
+            text_counts=config.text_counts,
         )
         self._watching: dict[InstanceId, asyncio.Task[None]] = {}
         self._started: list[Engine] = []

@@ -69,6 +69,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     movable: bool = True
     """Whether it can go on at another instance once it has begun. False where something of it does not travel, such as
     the state of a seeded draw."""
+    text_counts: tuple[int, ...] = ()
+    """What was counted of the prompt's text, as `TEXT_COUNTS` names it; empty unless that was asked for."""
 
 
 def shared_prefix_blocks(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:

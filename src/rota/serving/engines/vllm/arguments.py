@@ -11,8 +11,10 @@ import msgspec
 from rota.base.instant import NANOSECONDS_PER_MILLISECOND, Duration, milliseconds
 from rota.serving.engines.engine import EngineCall
 from rota.serving.model.request import DEFAULT_TENANT, SLO, TenantId
+from rota.serving.model.text_counts import TEXT_COUNTS
 
 _TENANT, _TTFT, _TPOT, _WAITED = "tenant", "slo_ttft_ms", "slo_tpot_ms", "waited_ms"
+_COUNTS = "text_counts"
 _XARGS = "vllm_xargs"
 _MOST_MS = 86_400_000.0
 """A day, as for the headers."""
@@ -28,18 +30,21 @@ class Arguments(msgspec.Struct, frozen=True):
     slo: SLO = SLO()
     waited: Duration = Duration(0)
     """From its arrival at the router until it was sent on."""
+    text_counts: tuple[int, ...] = ()
 
 
 def with_arguments(call: EngineCall) -> bytes:
     """The body of a call with what is known of its request in the free arguments; the body itself if there is nothing
     to say. What the client wrote there stays, unless it has the same name."""
     request = call.request
-    told: dict[str, str | float] = {}
+    told: dict[str, str | float | tuple[int, ...]] = {}
     if request.tenant != DEFAULT_TENANT:
         told[_TENANT] = request.tenant
     for name, duration in ((_TTFT, request.slo.ttft), (_TPOT, request.slo.tpot), (_WAITED, call.waited or None)):
         if duration is not None:
             told[name] = duration / NANOSECONDS_PER_MILLISECOND
+    if request.text_counts:
+        told[_COUNTS] = request.text_counts
     if not told:
         return call.body
     if not call.has_arguments:
@@ -57,6 +62,7 @@ def read_arguments(extra: Mapping[str, Any] | None) -> Arguments:
         tenant=TenantId(str(extra.get(_TENANT, DEFAULT_TENANT))),
         slo=SLO(ttft=_duration(extra.get(_TTFT)), tpot=_duration(extra.get(_TPOT))),
         waited=_duration(extra.get(_WAITED)) or Duration(0),
+        text_counts=_counts(extra.get(_COUNTS)),
     )
 
 
@@ -64,6 +70,12 @@ def _duration(value: Any) -> Duration | None:
     if isinstance(value, int | float) and 0 < value <= _MOST_MS:
         return milliseconds(value)
     return None
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) != len(TEXT_COUNTS):
+        return ()
+    return tuple(value) if all(type(each) is int and 0 <= each < 2**31 for each in value) else ()
 
 
 _NONE = Arguments()

@@ -155,4 +155,5 @@ def fact_of(request: Any, now: Instant, wall: int) -> Request:
         session=request.session_id,
         slo=told.slo,
         block_hashes=tuple(block_hash.hex() for block_hash in request.block_hashes),
+        text_counts=told.text_counts,
     )
