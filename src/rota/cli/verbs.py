@@ -25,6 +25,11 @@ TRACE = {
 }
 
 
+TRAIN = {
+    "length": Verb("rota.cli.train:length", "Fit a ranker of output lengths to a journal, and say how well it does")
+}
+
+
 KEYS = {"new": Verb("rota.cli.keys:new", "Draw an API key, and write its hash into a file of keys")}
 
 
@@ -41,6 +46,7 @@ VERBS = {
     "deploy": Verb("rota.cli.deploy:deploy", "Write a Ray cluster file, or a RayService for Kubernetes"),
     "bench": Verb("rota.cli.bench:bench", "Load any OpenAI-compatible server, open loop, and measure it"),
     "calibrate": Verb("rota.cli.calibrate:calibrate", "Fit step times to a live engine, with their error inside"),
+    "train": Verb("", "Fit predictors to what was recorded", TRAIN),
     "trace": Verb("", "Describe, sample, scale, split, convert and fit traces", TRACE),
     "replay": Verb("rota.cli.replay:replay", "Feed a journal into fresh machines and compare what they decide"),
     "explain": Verb("rota.cli.explain:explain", "Say why a request ran where and when it did"),

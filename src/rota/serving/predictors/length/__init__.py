@@ -8,6 +8,7 @@ LENGTH: Registry = Registry(
         "declared": "rota.serving.predictors.length.declared:Declared",
         "history": "rota.serving.predictors.length.history:History",
         "oracle": "rota.serving.predictors.length.oracle:Oracle",
+        "ranked": "rota.serving.predictors.length.ranked:Ranked",
     },
     entry_point_group="rota.length",
 )

@@ -1,0 +1,39 @@
+"""As long as answers were to requests that look alike, told by a trained ranker."""
+
+from rota.base.errors import ConfigError
+from rota.base.instant import Duration, microseconds
+from rota.serving.api import TEXT_COUNTS, Request
+from rota.serving.predictors.length.features import features_of
+from rota.serving.predictors.length.ranker_file import load_ranker
+
+
+class Ranked:
+    """The mean length of the answers whose requests had such a score, by a ranker that `rota train length` fitted to a
+    journal: boosted trees that guess how an answer ranks among all by length.
+
+    Rule: learning to rank (Fu et al., NeurIPS 2024), with trees over cheap numbers in place of their language model. It
+    goes by the request (prompt tokens, limit, class, tenant, program), and where the front door counted the prompt's
+    text (`rota serve --text-counts`), by those counts too. Without them it is told little: train on what will be known.
+
+    It does not learn as it serves: when what clients ask for changes, train it again. Good where texts tell lengths.
+    The longest are predicted too short, as by every mean of a group. A client can write its text so as to look short.
+    """
+
+    def __init__(self, *, model: str, cost_us: float = 60.0) -> None:
+        """`model` is the ranker's file; `cost_us` is what a prediction takes of the engine's time, in microseconds:
+        about what it was measured to."""
+        if not cost_us >= 0:
+            raise ConfigError(f"ranked: cost_us must not be negative, and it is {cost_us}")
+        loaded = load_ranker(model)
+        self.cost: Duration = microseconds(cost_us)
+        self._by_request = loaded.by_request.compiled()
+        self._by_text = None if loaded.by_text is None else loaded.by_text.compiled()
+
+    def predict(self, request: Request) -> float:
+        ranker = self._by_request
+        if self._by_text is not None and len(request.text_counts) == len(TEXT_COUNTS):
+            ranker = self._by_text
+        return float(max(1, min(ranker.num_tokens(features_of(request)), request.max_tokens)))
+
+    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
+        pass
