@@ -42,15 +42,16 @@ def choose_displaced(
     num_taken = 0
     victims: list[SequenceView] = []
     starters: list[SequenceView] = []
-    while waiting is not None:
-        candidates = _outranked(view, order, waiting, line)
-        if not candidates:
-            break
+    while waiting is not None and line and order.displaces(view, waiting, line[-1]):
+        # Most that outrank somebody start with what is left, and nobody needs to know how many they outrank.
+        candidates: list[SequenceView] | None = None
         starters.append(waiting)
         leaving = list(victims)
         num_freed = num_blocks_freed(leaving)
         num_taken += num_blocks_to_take(waiting, leaving)
         while num_slots < 1 or num_tokens < 1 or num_blocks + num_freed < num_taken + limits.watermark_blocks:
+            if candidates is None:
+                candidates = _outranked(view, order, waiting, line)
             victim = memory.victim(view, candidates, waiting) if candidates else None
             if victim is None:
                 return victims
@@ -101,11 +102,7 @@ def _line(view: EngineView, order: OrderPolicy, running: list[SequenceView]) -> 
     """The running sequences as the order ranks them, so that the memory policy finds the lowest at the end."""
     if order.running_order == "admission":
         return list(running)
-    cursor = order.open(view, Pool.RUNNING)
-    line = []
-    while (sequence := cursor.next()) is not None:
-        line.append(sequence)
-    return line
+    return list(iter(order.open(view, Pool.RUNNING).next, None))
 
 
 def _growth(sequence: SequenceView, num_tokens: int, block_size: int) -> int:

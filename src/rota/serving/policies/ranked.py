@@ -57,7 +57,7 @@ class RankedOrder(ABC):
             self.requires = self.requires | {Capability.SKIP_REFUSED}
         self._changed: list[RequestId] = []
         """Those whose rank has changed while they waited, since the last walk."""
-        self._fixed: dict[RequestId, tuple[int, Rank]] = {}
+        self._fixed: dict[RequestId, Rank] = {}
         self._lined_at = -1
         self._lined_up: list[SequenceView] = []
         self._line: list[SequenceView] = []
@@ -95,9 +95,13 @@ class RankedOrder(ABC):
         running = view.running
         if self.running_order == "admission" or len(running) < 2:
             return InOrder(running)
-        if view.now != self._lined_at or running != self._lined_up:
-            self._lined_at, self._lined_up = view.now, list(running)
+        if view.now != self._lined_at:
             self._line = self._by_rank(running)
+        elif running != self._lined_up:
+            self._line = self._without_displaced(running)
+        else:
+            return InOrder(self._line)
+        self._lined_at, self._lined_up = view.now, list(running)
         return InOrder(self._line)
 
     def displaces(self, view: EngineView, waiting: SequenceView, running: SequenceView) -> bool:
@@ -116,13 +120,22 @@ class RankedOrder(ABC):
         self._fixed.pop(request_id, None)
 
     def _by_rank(self, running: Sequence[SequenceView]) -> list[SequenceView]:
-        if not self.fixed_ranks:
-            return sorted(running, key=self._key)
-        fixed = self._fixed
-        for sequence in running:
-            if sequence.id not in fixed:
-                fixed[sequence.id] = self._key(sequence)
-        return sorted(running, key=lambda sequence: fixed[sequence.id])
+        if self.fixed_ranks:
+            fixed = self._fixed
+            for sequence in running:
+                if sequence.id not in fixed:
+                    fixed[sequence.id] = self.rank(sequence)
+            line = sorted(running, key=lambda sequence: fixed[sequence.id])
+        else:
+            line = sorted(running, key=self.rank)
+        line.sort(key=_priority_of)  # Most often all are of one class, and this is a look at each.
+        return line
+
+    def _without_displaced(self, running: Sequence[SequenceView]) -> list[SequenceView]:
+        """The line of this step, after some have left it; anew if others have come."""
+        still = {sequence.id for sequence in running}
+        line = [sequence for sequence in self._line if sequence.id in still]
+        return line if len(line) == len(running) else self._by_rank(running)
 
     def _once_a_step(self, view: EngineView) -> None:
         if view.now == self._looked_at:
@@ -140,11 +153,12 @@ class RankedOrder(ABC):
         self.came_to_wait(sequence, rank)
         return rank
 
-    def _key(self, sequence: SequenceView) -> tuple[int, Rank]:
-        return sequence.priority, self.rank(sequence)
-
     def _cursor(self, sequences: Iterable[SequenceView]) -> Cursor:
         return InOrderSkipping(sequences) if self._skip_refused else InOrder(sequences)
+
+
+def _priority_of(sequence: SequenceView) -> int:
+    return sequence.priority
 
 
 class Idling:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rota.serving.api import LengthPredictor, RequestId, SequenceView
+from rota.serving.api import LengthPredictor, Request, RequestId, SequenceView
 from rota.serving.policies.ranked import Rank, RankedOrder, at_least_one
 
 
@@ -45,14 +45,19 @@ class SkipPredict(RankedOrder):
     def rank(self, sequence: SequenceView) -> Rank:
         if sequence.num_preemptions >= self._preempted_at_most:
             return (0, sequence.arrived_at)
-        request = sequence.request
-        if request.id not in self._predicted:
-            is_short = self._quick_lengths.predict(request) <= self._short_tokens
-            self._predicted[request.id] = None if is_short else self._lengths.predict(request)
-        predicted = self._predicted[request.id]
+        try:
+            predicted = self._predicted[sequence.id]
+        except KeyError:
+            predicted = self._predict(sequence.request)
         if predicted is None:
             return (1, 0)
-        return (2, max(0.0, predicted - sequence.num_output_tokens) // self._bucket_tokens)
+        left = predicted - sequence.num_output_tokens
+        return (2, left // self._bucket_tokens if left > 0 else 0.0)
+
+    def _predict(self, request: Request) -> float | None:
+        is_short = self._quick_lengths.predict(request) <= self._short_tokens
+        predicted = self._predicted[request.id] = None if is_short else self._lengths.predict(request)
+        return predicted
 
     def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
         self._predicted.pop(request.id, None)
