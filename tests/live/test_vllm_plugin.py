@@ -22,6 +22,7 @@ from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
 from rota.serving.engines.vllm.recorder import MACHINE
 from rota.serving.engines.vllm.replay import ROW_TYPES, fresh_machine, stack_of
 from rota.serving.stack import StackConfig, engine_policies
+from rota.testing.fairness import live_gap
 
 pytestmark = pytest.mark.live
 
@@ -29,9 +30,10 @@ SCRIPT = Path(__file__).with_name("vllm_tokens.py")
 TIMEOUT_SECONDS = 300.0
 
 
-def run(folder: Path, *, dtype: str, plugin: dict[str, str] | None, alone: bool = False) -> dict[str, Any]:
-    """The tokens of one engine: `together`, `late` (some arrive while others run, and outrank them), `alone`."""
-    spec = {"model": str(prepare_model()), "dtype": dtype, "plugin": plugin, "late": True, "alone": alone}
+def run(folder: Path, *, dtype: str, plugin: dict[str, str] | None, **phases: bool) -> dict[str, Any]:
+    """The tokens of one engine: `together`, `late` (some arrive while others run, and outrank them), `alone`. It may be
+    given a `backlog` of three tenants before it ends."""
+    spec = {"model": str(prepare_model()), "dtype": dtype, "plugin": plugin, "late": True, "alone": False, **phases}
     out, log = folder / "tokens.json", folder / "log"
     with log.open("w") as file:
         done = subprocess.run(
@@ -52,12 +54,39 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda dtype: run(tmp_path_factory.mktemp("stock"), dtype=dtype, plugin=None, alone=True))
 
 
-def test_fcfs_gives_the_tokens_of_stock_vllm(stock: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def fcfs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Our plug-in in `fcfs`, with three tenants at its end: the tokens, and the folder of `facts` and `journal`."""
+    folder = tmp_path_factory.mktemp("fcfs")
+    return run(folder, dtype="bfloat16", plugin=writing_to(folder), backlog=True), folder
+
+
+def writing_to(folder: Path, stack: str = "") -> dict[str, str]:
+    (folder / "stack.toml").write_text(stack)
+    return {"stack": str(folder / "stack.toml"), "facts": str(folder / "facts"), "journal": str(folder / "journal")}
+
+
+def test_fcfs_gives_the_tokens_of_stock_vllm(stock: Any, fcfs: tuple[dict[str, Any], Path]) -> None:
     expected = stock("bfloat16")
-    tokens = run(tmp_path, dtype="bfloat16", plugin={"facts": str(tmp_path / "facts")})
+    tokens, folder = fcfs
     assert tokens["together"] == expected["together"]
     assert tokens["late"] == expected["late"]
-    assert sum(record.num_preempted for record in read_facts(tmp_path / "facts")) > 5
+    assert sum(record.num_preempted for record in read_facts(folder / "facts")) > 5
+
+
+def test_tenants_of_a_live_vllm_stay_within_the_published_bound(
+    fcfs: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Law 16, on the steps that vLLM ran: the same requests of three tenants, before the same steps, in both orders."""
+    plugin = writing_to(tmp_path, 'order = "fair_tokens"\n')
+    run(tmp_path, dtype="bfloat16", plugin=plugin, late=False, together=False, backlog=True)
+    fair, bound = live_gap(tmp_path / "journal")
+    unfair, same_bound = live_gap(fcfs[1] / "journal")
+    assert bound == same_bound
+    assert fair.service <= bound < unfair.service
+    # The bound is loose; and two who never waited at once would keep any.
+    assert 5 * fair.service < unfair.service
+    assert fair.num_steps > 50
 
 
 def test_the_make_up_of_a_batch_changes_the_tokens_of_stock_vllm_in_bfloat16_only(stock: Any) -> None:
@@ -71,10 +100,7 @@ def test_the_make_up_of_a_batch_changes_the_tokens_of_stock_vllm_in_bfloat16_onl
 
 
 def test_strict_priority_keeps_tokens_steps_and_blocks_in_order_under_preemption(stock: Any, tmp_path: Path) -> None:
-    (tmp_path / "stack.toml").write_text('order = "strict_priority"\n')
-    plugin = {name: str(tmp_path / name) for name in ("stack.toml", "facts", "journal")}
-    plugin["stack"] = plugin.pop("stack.toml")
-    tokens = run(tmp_path, dtype="float32", plugin=plugin)
+    tokens = run(tmp_path, dtype="float32", plugin=writing_to(tmp_path, 'order = "strict_priority"\n'))
 
     # No token is lost, doubled or changed by being preempted or displaced.
     expected = stock("float32")

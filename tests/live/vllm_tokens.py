@@ -25,6 +25,9 @@ PROMPTS = [
 ]
 MAX_TOKENS = 40
 BLOCK_SIZE = 32
+EVE_COMES_BEFORE = 30
+BACKLOG = {"ada": (26, 20, 0), "ben": (14, 40, 0), "eve": (8, 20, EVE_COMES_BEFORE)}
+"""Of each tenant: how many requests, tokens of each answer, the step before which they come."""
 
 
 def main(spec: dict[str, object], out: str) -> None:
@@ -57,9 +60,13 @@ def main(spec: dict[str, object], out: str) -> None:
         enable_prefix_caching=bool(spec.get("prefix_caching", True)),
         **settings,
     )
-    result: dict[str, object] = {"together": _together(llm, dict.fromkeys(range(len(PROMPTS)), 0))}
+    result: dict[str, object] = {}
+    if spec.get("together", True):
+        result["together"] = _together(llm, dict.fromkeys(range(len(PROMPTS)), 0))
     if spec["late"]:
         result["late"] = _together(llm, {n: (n - 7) * 5 if n >= 8 else 0 for n in range(len(PROMPTS))})
+    if spec.get("backlog"):
+        _backlog(llm)
     if spec["alone"]:
         result["alone"] = {name: tokens for n in range(len(PROMPTS)) for name, tokens in _together(llm, {n: 0}).items()}
     Path(out).write_text(json.dumps(result))
@@ -84,6 +91,27 @@ def _together(llm: object, arrivals: dict[int, int]) -> dict[str, list[int]]:
                 tokens[output.request_id] = list(output.outputs[0].token_ids)
         step += 1
     return tokens
+
+
+def _backlog(llm: object) -> None:
+    """Three tenants with more work than the engine holds at once: the first sends all of its own ahead of the others,
+    the second wants long answers, the third comes late. Where they are served in the order of arrival, the first has
+    had everything before the second gets a token."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine  # type: ignore[attr-defined]
+    step = 0
+    while step <= EVE_COMES_BEFORE or engine.has_unfinished_requests():
+        for tenant, (num_requests, max_tokens, before) in BACKLOG.items():
+            for n in range(num_requests if before == step else 0):
+                parameters = SamplingParams(
+                    temperature=0.0, max_tokens=max_tokens, ignore_eos=True, extra_args={"tenant": tenant}
+                )
+                # Nobody repeats another's prompt and its answer: such answers are shared by vLLM and not in a replay.
+                prompt = f"{PROMPTS[n % len(PROMPTS)]} ({tenant} {n})"
+                engine.add_request(f"{tenant}{n}", prompt, parameters)
+        engine.step()
+        step += 1
 
 
 if __name__ == "__main__":

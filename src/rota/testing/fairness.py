@@ -2,17 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rota.base.config import parse_toml
 from rota.base.errors import LawBroken
 from rota.base.instant import Duration, Instant
+from rota.base.journal import read_journal
 from rota.base.random_streams import RandomStreams
+from rota.base.replay import replay
 from rota.serving.api import BatchShape, OrderPolicy, RequestId, TenantId
+from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
+from rota.serving.engines.vllm.recorder import MACHINE
+from rota.serving.engines.vllm.replay import ROW_TYPES, fresh_machine, stack_of
+from rota.serving.model.events import SequenceArrived
 from rota.serving.model.instance import InstanceLimits
 from rota.serving.model.request import Request
 from rota.serving.policies.batch.vllm_default import VllmDefault
 from rota.serving.policies.memory.recompute_last import RecomputeLast
-from rota.serving.stack import EnginePolicies
+from rota.serving.stack import EnginePolicies, StackConfig, engine_policies
 from rota.testing.worlds import Job, Workload, play
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
@@ -33,9 +41,12 @@ def service_bound(workload: Workload) -> float:
     """What virtual token counters promise of two tenants with requests waiting all through an interval: twice the
     larger of what one admission charges and of what all that run may yet be charged (VTC, Sheng et al., OSDI 2024,
     theorem 4.4; the first output token is charged with the prompt here)."""
-    longest = max(job.request.num_prompt_tokens for job in workload.jobs)
-    num_slots = workload.limits.num_blocks * workload.limits.block_size
-    return 2 * max(PROMPT_WEIGHT * longest + OUTPUT_WEIGHT, OUTPUT_WEIGHT * num_slots)
+    return _bound(workload.limits, max(job.request.num_prompt_tokens for job in workload.jobs))
+
+
+def _bound(limits: InstanceLimits, longest_prompt: int) -> float:
+    num_slots = limits.num_blocks * limits.block_size
+    return 2 * max(PROMPT_WEIGHT * longest_prompt + OUTPUT_WEIGHT, OUTPUT_WEIGHT * num_slots)
 
 
 def check_fair_service(factory: Callable[[], OrderPolicy], *, num_workloads: int = 60) -> float:
@@ -50,7 +61,7 @@ def check_fair_service(factory: Callable[[], OrderPolicy], *, num_workloads: int
         gap, bound = widest_gap(workload, factory()), service_bound(workload)
         if gap.service > bound:
             raise LawBroken(
-                f"law 14: overload {seed}: {gap.tenants} drifted {gap.service:g} tokens apart in {gap.num_steps} "
+                f"law 16: overload {seed}: {gap.tenants} drifted {gap.service:g} tokens apart in {gap.num_steps} "
                 f"steps in which both waited, and at most {bound:g} were promised"
             )
         largest = max(largest, gap.service / bound)
@@ -61,8 +72,29 @@ def widest_gap(workload: Workload, order: OrderPolicy, weights: Mapping[str, flo
     """Play a workload, and measure over each longest interval in which two tenants of a class both had requests left in
     the queue after every step, by how much the difference of their services varied."""
     account = _Account(weights or {})
-    play(workload, EnginePolicies(order, _Counting(account), RecomputeLast()), steady=False)
+    play(workload, EnginePolicies(order, _Counting(VllmDefault(), account), RecomputeLast()), steady=False)
     return account.widest()
+
+
+def live_gap(journal_path: str | Path) -> tuple[Gap, float]:
+    """The widest gap between two tenants of a live vLLM with our plug-in, and the bound for its blocks and prompts.
+
+    Its journal is fed into a fresh machine, which must order the very steps that the engine ran; raises `LawBroken` if
+    it does not, `DataError` for a journal that is not of such an engine. What is counted is what each of these steps
+    granted.
+    """
+    journal = read_journal(journal_path, ROW_TYPES)
+    stack = parse_toml(stack_of(journal.header), StackConfig, f"{journal_path}: stack")
+    policies = engine_policies(stack, VLLM_CAPABILITIES, "vLLM")
+    account = _Account({})
+    counted = EnginePolicies(policies.order, _Counting(policies.batch, account), policies.memory)
+    machine = fresh_machine(journal.header, counted, steady=False)
+    rows = list(journal)
+    difference = replay(rows, {MACHINE: machine})
+    if difference is not None:
+        raise LawBroken(f"law 10: {journal_path}: {difference}")
+    arrived = [row.event.request for row in rows if isinstance(row.event, SequenceArrived)]
+    return account.widest(), _bound(machine.limits, max(request.num_prompt_tokens for request in arrived))
 
 
 def overload(seed: int, *, num_tenants: int = 4, num_jobs: int = 120) -> Workload:
@@ -96,10 +128,11 @@ def overload(seed: int, *, num_tenants: int = 4, num_jobs: int = 120) -> Workloa
 class _Counting:
     """A batch policy that tells an account of every pass."""
 
-    def __init__(self, account: "_Account") -> None:
-        self._inner = VllmDefault()
-        self.requires = self._inner.requires
-        self.shape: BatchShape | None = self._inner.shape
+    def __init__(self, inner: Any, account: "_Account") -> None:
+        """`inner` is the batch policy that plans."""
+        self._inner = inner
+        self.requires = inner.requires
+        self.shape: BatchShape | None = inner.shape
         self._account = account
 
     def plan(self, draft: Any, order: OrderPolicy) -> None:

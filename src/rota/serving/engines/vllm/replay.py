@@ -44,11 +44,12 @@ def stack_of(header: Header) -> str:
     return str(_config(header)["stack"])
 
 
-def fresh_machine(header: Header, policies: Any) -> LoopMachine:
+def fresh_machine(header: Header, policies: Any, *, steady: bool = True) -> LoopMachine:
     """The machine that stands for the instance of a journal, at its start. `policies` has `order`, `batch`, `memory`,
-    built anew from `stack_of(header)`."""
+    built anew from `stack_of(header)`. `steady` False has the batch policy asked for every step, as one that counts
+    must be."""
     limits = msgspec.convert(_config(header)["limits"], InstanceLimits)
-    return LoopMachine(limits, order=policies.order, batch=policies.batch, memory=policies.memory)
+    return LoopMachine(limits, order=policies.order, batch=policies.batch, memory=policies.memory, steady=steady)
 
 
 def _config(header: Header) -> dict[str, Any]:
