@@ -10,8 +10,10 @@ import pytest
 from tests.parity.hosts import MachineHost, VllmHost
 from tests.parity.workloads import Decision, Host, Workload, drive, random_workload
 
+from rota.serving.api import BatchPolicy, OrderPolicy
 from rota.serving.policies.batch.stall_free_chunks import StallFreeChunks
 from rota.serving.policies.batch.vllm_default import VllmDefault
+from rota.serving.policies.memory.recompute_cheapest import RecomputeCheapest
 from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.policies.order.earliest_deadline import EarliestDeadline
@@ -120,3 +122,22 @@ def test_the_plugin_decides_as_the_machine_does(stack: str) -> None:
     assert num_preempted > len(seeds)
     # The policy made a difference, so that agreeing says something.
     assert num_differing > len(seeds) // 2
+
+
+@pytest.mark.parametrize(
+    ("order", "batch"), [(Fcfs, VllmDefault), (StrictPriority, lambda: StallFreeChunks(chunk_size=48))]
+)
+def test_victims_are_chosen_alike(order: Callable[[], OrderPolicy], batch: Callable[[], BatchPolicy]) -> None:
+    """The plug-in chooses ahead of vLLM's pass, which must then preempt nobody by itself."""
+    num_differing = 0
+    for seed in range(8):
+        workload = random_workload(seed)
+        chosen = [EnginePolicies(order(), batch(), RecomputeCheapest(preempted_at_most=2)) for _ in range(2)]
+        decisions = compare(
+            workload,
+            plugin=VllmHost(workload.limits, chosen[0]),
+            machine=MachineHost(workload.limits, chosen[1]),
+        )
+        at_the_end = VllmHost(workload.limits, EnginePolicies(order(), batch(), RecomputeLowest()))
+        num_differing += decisions != list(drive(workload, at_the_end))
+    assert num_differing >= 2

@@ -185,6 +185,12 @@ class _DraftSpy:
         self._before = picture(self._draft.view)
         return num_displaced
 
+    def make_room(self, order: OrderPolicy, *, decodes_first: bool) -> int:
+        self.refuse_writing("the batch policy")
+        num_preempted = self._draft.make_room(order, decodes_first=decodes_first)
+        self._before = picture(self._draft.view)
+        return num_preempted
+
     def grant(self, sequence: SequenceView, num_tokens: int) -> int | Refusal:
         self.refuse_writing("the batch policy")
         num_preempted = self._draft.num_preempted

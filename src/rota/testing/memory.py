@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant
-from rota.serving.api import Capability, EngineView, MemoryPolicy, OrderPolicy, SequenceView
+from rota.serving.api import Capability, MemoryPolicy, MemoryView, OrderPolicy, SequenceView
 from rota.serving.model.instance import InstanceLimits
 from rota.serving.model.request import Request, RequestId
 from rota.serving.policies.batch.vllm_default import VllmDefault
@@ -39,7 +39,7 @@ def check_memory_policy(factory: Callable[[], MemoryPolicy], *, max_examples: in
     batch policy:
 
     * the victim is one of the candidates, or nobody, which must not leave everybody without room for ever;
-    * unless the policy requires `CHOOSE_VICTIM`, the victim is the one that `victim_order` announces;
+    * unless `victim_order` is `chosen`, which goes with `CHOOSE_VICTIM`, the victim is the one that it announces;
     * nothing that is shown is written to, the list of candidates included (law 13);
     * every request ends exactly once, with its true length, and the machine's laws hold after every event; so nobody
       goes round in circles, preempted for one whom it is then preempted for;
@@ -47,8 +47,7 @@ def check_memory_policy(factory: Callable[[], MemoryPolicy], *, max_examples: in
     * leaping over equal steps changes no end.
     """
     check_requires(factory())
-    if factory().victim_order not in ("line", "admission"):
-        raise LawBroken(f"victim_order is {factory().victim_order!r}, neither 'line' nor 'admission'")
+    _check_stated(factory())
 
     def keeps_the_contract(workload: Workload, order: Callable[[], OrderPolicy], batch: Callable[[], Any]) -> None:
         def policies() -> EnginePolicies:
@@ -61,6 +60,13 @@ def check_memory_policy(factory: Callable[[], MemoryPolicy], *, max_examples: in
         keeps_the_contract(seeded_workload(seed), order, batch)
     some = given(workload=workloads(), order=st.sampled_from(ORDERS), batch=st.sampled_from(BATCHES))
     settings(max_examples=max_examples, deadline=None, report_multiple_bugs=False)(some(keeps_the_contract))()
+
+
+def _check_stated(policy: MemoryPolicy) -> None:
+    if policy.victim_order not in ("line", "admission", "chosen"):
+        raise LawBroken(f"victim_order is {policy.victim_order!r}, neither 'line', 'admission' nor 'chosen'")
+    if (policy.victim_order == "chosen") != (Capability.CHOOSE_VICTIM in policy.requires):
+        raise LawBroken(f"victim_order is {policy.victim_order!r}, which does not go with what the policy requires")
 
 
 def two_that_do_not_fit() -> Workload:
@@ -89,7 +95,7 @@ class MemorySpy:
         self.requires = policy.requires
         self.victim_order = policy.victim_order
 
-    def victim(self, view: EngineView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
+    def victim(self, view: MemoryView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
         before, offered = picture(view), list(candidates)
         victim = self.policy.victim(view, candidates, needy)
         refuse_writing(before, view, "the memory policy")
@@ -100,11 +106,13 @@ class MemorySpy:
         if not any(victim is candidate for candidate in offered):
             raise LawBroken(f"the victim {victim!r} is not among the candidates {offered!r}")
         announced = self._announced(offered)
-        if victim is not announced and Capability.CHOOSE_VICTIM not in self.requires:
+        if announced is not None and victim is not announced:
             raise LawBroken(f"the victim is {victim!r}, by its victim_order it is {announced!r}")
         return victim
 
-    def _announced(self, offered: list[SequenceView]) -> SequenceView:
+    def _announced(self, offered: list[SequenceView]) -> SequenceView | None:
+        if self.victim_order == "chosen":
+            return None
         if self.victim_order == "line":
             return offered[-1]
         return max(offered, key=lambda sequence: sequence.admitted_seq)

@@ -12,6 +12,7 @@ from rota.serving.engines.vllm.server import VllmServer
 from rota.serving.policies.batch.prefill_first import PrefillFirst
 from rota.serving.policies.batch.stall_free_chunks import StallFreeChunks
 from rota.serving.policies.batch.vllm_default import VllmDefault
+from rota.serving.policies.memory.recompute_cheapest import RecomputeCheapest
 from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.policies.order.fcfs import Fcfs
@@ -23,10 +24,6 @@ CHUNKED = InstanceLimits(num_blocks=100, long_prefill_token_threshold=64)
 
 class Skipping(Fcfs):
     requires = frozenset({Capability.SKIP_REFUSED})
-
-
-class Choosing(RecomputeLowest):
-    requires = frozenset({Capability.CHOOSE_VICTIM})
 
 
 class Free(VllmDefault):
@@ -44,6 +41,10 @@ def test_hosts_every_order_and_budget_with_the_victim_at_the_end_of_the_line(ord
     assert check_hostable(order, batch, RecomputeLowest(), limits) == batch.shape
 
 
+def test_hosts_victims_that_are_chosen_ahead_of_its_pass() -> None:
+    assert check_hostable(StrictPriority(), VllmDefault(), RecomputeCheapest(), CHUNKED) == VllmDefault.shape
+
+
 def test_hosts_the_last_admitted_as_victim_where_it_is_the_end_of_the_line() -> None:
     check_hostable(Fcfs(), VllmDefault(), RecomputeLast(), CHUNKED)
     check_hostable(Fcfs(), StallFreeChunks(), RecomputeLast(), LIMITS)
@@ -54,7 +55,6 @@ def test_hosts_the_last_admitted_as_victim_where_it_is_the_end_of_the_line() -> 
     [
         (Fcfs(), PrefillFirst(), RecomputeLowest(), LIMITS, ("PrefillFirst", "admit_before_running")),
         (Skipping(), VllmDefault(), RecomputeLowest(), LIMITS, ("Skipping", "skip_refused")),
-        (Fcfs(), VllmDefault(), Choosing(), LIMITS, ("Choosing", "choose_victim")),
         (Fcfs(), Free(), RecomputeLowest(), LIMITS, ("Free", "composes batches freely")),
         (Fcfs(), Empty(), RecomputeLowest(), LIMITS, ("Empty", "0 tokens")),
         (StrictPriority(), VllmDefault(), RecomputeLast(), LIMITS, ("RecomputeLast", "StrictPriority")),
@@ -74,7 +74,6 @@ def test_capabilities_leave_out_what_its_pass_decides_itself() -> None:
         Capability.SKIP_REFUSED,
         Capability.FREE_BATCH,
         Capability.ADMIT_BEFORE_RUNNING,
-        Capability.CHOOSE_VICTIM,
     }
 
 

@@ -20,6 +20,7 @@ from rota.serving.api.policies import (
     RoleFlipper,
     ScalingPolicy,
     StepTimePredictor,
+    VictimOrder,
 )
 from rota.serving.api.views import (
     ClusterView,
@@ -27,6 +28,7 @@ from rota.serving.api.views import (
     FleetView,
     Heard,
     InstanceView,
+    MemoryView,
     Outcome,
     SequenceView,
     StartingInstance,
@@ -69,6 +71,7 @@ __all__ = [
     "InstanceView",
     "LengthPredictor",
     "MemoryPolicy",
+    "MemoryView",
     "MigrationPolicy",
     "Move",
     "OnRefusal",
@@ -93,6 +96,7 @@ __all__ = [
     "StepTimePredictor",
     "Stop",
     "TenantId",
+    "VictimOrder",
     "WaitingView",
     "WorkTotals",
     "admit_waiting",

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from rota.base.instant import Duration, Instant
 from rota.serving.api.decisions import Admission, Flip, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
-from rota.serving.api.views import ClusterView, EngineView, FleetView, SequenceView
+from rota.serving.api.views import ClusterView, EngineView, FleetView, MemoryView, SequenceView
 from rota.serving.model.capabilities import EngineCapabilities
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request, RequestId
@@ -107,6 +107,13 @@ class BatchDraft(Protocol):
         it start, nobody goes. Call before the first grant. Returns how many were preempted."""
         ...
 
+    def make_room(self, order: OrderPolicy, *, decodes_first: bool) -> int:
+        """Preempt running sequences until all the others get the blocks that this step would fill, victims being
+        chosen by the memory policy one by one. Does nothing unless that policy chooses freely. `decodes_first` says in
+        which order the pass will serve them. Call after `displace`, before the first grant. Returns how many were
+        preempted."""
+        ...
+
     def grant(self, sequence: SequenceView, num_tokens: int) -> int | Refusal:
         """Give a sequence up to `num_tokens` tokens; returns how many it got, at least 1, or why none.
 
@@ -131,16 +138,21 @@ class BatchPolicy(Protocol):
         ...
 
 
+VictimOrder = Literal["line", "admission", "chosen"]
+
+
 @runtime_checkable
 class MemoryPolicy(Protocol):
     """Whom to preempt when blocks or slots lack. The one way so far is to recompute."""
 
     requires: EngineCapabilities
-    victim_order: Literal["line", "admission"]
+    victim_order: VictimOrder
     """Whether victims come from the end of the line that the step serves, or from the end of the order of admission.
-    vLLM always takes the end of the line, so there the two must agree."""
+    vLLM always takes the end of the line, so there the two must agree. Or `chosen`: whoever it likes, which needs
+    `CHOOSE_VICTIM`. It is then asked ahead of the pass over those who run (`BatchDraft.make_room`), which is before any
+    engine's own rule applies."""
 
-    def victim(self, view: EngineView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
+    def victim(self, view: MemoryView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
         """The one of `candidates` to preempt now for `needy`, or None for nobody. Candidates are running, in the order
         in which the step serves them, and may include `needy` itself. Asked again for as long as room lacks."""
         ...

@@ -119,6 +119,15 @@ class EngineView(Protocol):
         ...
 
 
+class MemoryView(EngineView, Protocol):
+    """One engine as a memory policy sees it, which must know what a victim would give back."""
+
+    def num_blocks_freed(self, leaving: Sequence[SequenceView]) -> int:
+        """Blocks that could be had again if these running sequences let go of theirs; shared ones count once, and only
+        if nobody else holds them. Costs O(blocks that they hold)."""
+        ...
+
+
 class InstanceView(Protocol):
     """One instance as the router knows it: the last report, and what was dispatched and not yet answered."""
 

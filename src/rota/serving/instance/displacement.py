@@ -1,18 +1,19 @@
-"""Which running sequences make way for waiting ones that outrank them. Pure: the same function serves every host."""
+"""Which running sequences make way: for waiting ones that outrank them, and for each other. Pure: the same functions
+serve every host."""
 
 from collections.abc import Callable, Sequence
 
-from rota.serving.api import EngineView, MemoryPolicy, OrderPolicy, Pool, SequenceView
+from rota.base.errors import PolicyError
+from rota.serving.api import EngineView, MemoryPolicy, MemoryView, OrderPolicy, Pool, SequenceView
 
 
 def choose_displaced(
-    view: EngineView,
+    view: MemoryView,
     order: OrderPolicy,
     memory: MemoryPolicy,
     *,
     token_budget: int,
     num_blocks_to_take: Callable[[SequenceView, Sequence[SequenceView]], int],
-    num_blocks_freed: Callable[[Sequence[SequenceView]], int],
     num_slots_aside: int = 0,
 ) -> list[SequenceView]:
     """The running sequences to preempt before this step, in that order; empty where none needs to go.
@@ -22,10 +23,10 @@ def choose_displaced(
     memory policy names victims among those it may displace until it can; if all of them together would not do, nobody
     goes and the walk ends.
 
-    `num_blocks_freed(leaving)` says how many blocks preempting those running sequences gives back, and
-    `num_blocks_to_take(w, leaving)` how many admitting `w` with all its known tokens takes once they have gone: what
-    `w` shares with them alone is given back and taken again. The blocks that running sequences grow into in this step
-    are set aside first. `num_slots_aside` slots are taken by nobody who runs. Cost: O(waiting that outrank × running).
+    `num_blocks_to_take(w, leaving)` says how many blocks admitting `w` with all its known tokens takes once those
+    leaving have gone: what `w` shares with them alone is given back and taken again. The blocks that running sequences
+    grow into in this step are set aside first. `num_slots_aside` slots are taken by nobody who runs. Cost: O(waiting
+    that outrank × running).
     """
     limits = view.limits
     chunk_max = min(limits.long_prefill_token_threshold or token_budget, token_budget)
@@ -47,7 +48,7 @@ def choose_displaced(
         candidates: list[SequenceView] | None = None
         starters.append(waiting)
         leaving = list(victims)
-        num_freed = num_blocks_freed(leaving)
+        num_freed = view.num_blocks_freed(leaving)
         num_taken += num_blocks_to_take(waiting, leaving)
         while num_slots < 1 or num_tokens < 1 or num_blocks + num_freed < num_taken + limits.watermark_blocks:
             if candidates is None:
@@ -61,7 +62,7 @@ def choose_displaced(
             num_slots += 1
             num_tokens += min(victim.num_pending_tokens, chunk_max)
             num_blocks += _growth(victim, chunk_max, limits.block_size)
-            num_freed = num_blocks_freed(leaving)
+            num_freed = view.num_blocks_freed(leaving)
             num_taken = sum(num_blocks_to_take(sequence, leaving) for sequence in starters)
         victims = leaving
         num_slots -= 1
@@ -69,6 +70,56 @@ def choose_displaced(
         num_tokens -= min(waiting.num_pending_tokens, chunk_max)
         waiting = cursor.next()
     return victims
+
+
+def choose_short(
+    view: MemoryView, order: OrderPolicy, memory: MemoryPolicy, *, token_budget: int, decodes_first: bool
+) -> list[tuple[SequenceView, SequenceView]]:
+    """The running sequences to preempt before this step, each with the one that it makes way for, so that all others
+    get the blocks that the pass over them takes; empty where blocks suffice.
+
+    Walks the line as the pass will (`decodes_first` or not), and asks the memory policy whenever somebody is short,
+    until nobody is or it names nobody. Cost: O(running) where blocks suffice, O(victims × running) where not.
+    """
+    limits = view.limits
+    running = list(view.running)
+    num_eligible = len(running) + len(view.waiting)
+    chunk_max = limits.long_prefill_token_threshold if num_eligible > 1 else 0
+    chunk_max = min(chunk_max or token_budget, token_budget)
+    if _left_by_running(view, running, token_budget, chunk_max)[1] >= 0:
+        return []
+    line = _line(view, order, running)
+    if decodes_first:
+        line = [one for one in line if one.num_pending_tokens <= 1] + [
+            one for one in line if one.num_pending_tokens > 1
+        ]
+    victims: list[tuple[SequenceView, SequenceView]] = []
+    num_blocks = view.num_free_blocks
+    while (needy := _first_short(line, num_blocks, token_budget, chunk_max, limits.block_size)) is not None:
+        victim = memory.victim(view, list(line), needy)
+        if victim is None:
+            break
+        if victim not in line:
+            raise PolicyError(f"the memory policy chose {victim!r}, which is not among its candidates")
+        line.remove(victim)
+        victims.append((victim, needy))
+        num_blocks = view.num_free_blocks + view.num_blocks_freed([gone for gone, _ in victims])
+    return victims
+
+
+def _first_short(
+    line: list[SequenceView], num_blocks: int, num_tokens: int, chunk_max: int, block_size: int
+) -> SequenceView | None:
+    """The first of the line for which that many blocks and tokens leave too few blocks."""
+    for sequence in line:
+        if num_tokens < 1:
+            return None
+        given = min(sequence.num_pending_tokens, chunk_max, num_tokens)
+        num_tokens -= given
+        num_blocks -= _growth(sequence, given, block_size)
+        if num_blocks < 0:
+            return sequence
+    return None
 
 
 def _left_by_running(

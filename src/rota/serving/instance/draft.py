@@ -4,10 +4,10 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Literal
 
 from rota.base.errors import PolicyError
-from rota.serving.api import NOTHING, EngineView, MemoryPolicy, OrderPolicy, Refusal, SequenceView
-from rota.serving.instance.displacement import choose_displaced
+from rota.serving.api import NOTHING, EngineView, MemoryPolicy, OrderPolicy, Refusal, SequenceView, VictimOrder
+from rota.serving.instance.displacement import choose_displaced, choose_short
 from rota.serving.instance.ledger import BlockLedger
-from rota.serving.instance.sequence import Sequence
+from rota.serving.instance.sequence import Sequence, own
 from rota.serving.model.commands import REASONS_MAX, Reason
 from rota.serving.model.request import RequestId
 
@@ -19,7 +19,7 @@ class _NobodyToPreempt:
     """The memory policy of a walk that makes no victims."""
 
     requires = NOTHING
-    victim_order: Literal["line", "admission"] = "line"
+    victim_order: VictimOrder = "line"
 
     def victim(self, view: EngineView, candidates: SequenceOf[SequenceView], needy: SequenceView) -> None:
         return None
@@ -79,22 +79,33 @@ class StepDraft:
             self._memory,
             token_budget=self.token_budget,
             num_blocks_to_take=lambda waiting, leaving: ledger.num_to_take(
-                _own(waiting),
-                ledger.lookup(_own(waiting), waiting.num_tokens),
+                own(waiting),
+                ledger.lookup(own(waiting), waiting.num_tokens),
                 waiting.num_tokens,
-                [_own(sequence) for sequence in leaving],
+                [own(sequence) for sequence in leaving],
             ),
-            num_blocks_freed=lambda leaving: ledger.num_freed_by([_own(sequence) for sequence in leaving]),
             num_slots_aside=self.view.moving.num_slots,
         )
         for victim in victims:
-            sequence = _own(victim)
+            sequence = own(victim)
             ledger.release(sequence, sequence.num_computed_tokens, will_return=True)
             self.preempted.append(sequence)
             self._note(sequence.id, "displaced", "outranked by one that waits and could not start otherwise")
             self.view.step_back(sequence)
         if victims:
             self._line = self.view.running
+        return len(victims)
+
+    def make_room(self, order: OrderPolicy, *, decodes_first: bool) -> int:
+        if self.grants:
+            raise PolicyError("making room must come before the first grant of a step")
+        if self._memory.victim_order != "chosen":
+            return 0
+        victims = choose_short(
+            self.view, order, self._memory, token_budget=self.token_budget, decodes_first=decodes_first
+        )
+        for victim, needy in victims:
+            self._preempt(own(victim), needy)
         return len(victims)
 
     def grant(self, sequence: SequenceView, num_tokens: int) -> int | Refusal:
@@ -149,14 +160,17 @@ class StepDraft:
         candidates = [
             sequence
             for sequence in self._line
-            if sequence not in self.preempted and not (self.admitted and _own(sequence).granted)
+            if sequence not in self.preempted and not (self.admitted and own(sequence).granted)
         ]
         victim = self._memory.victim(self.view, candidates, needy)
         if victim is None:
             return False
         if victim not in candidates:
             raise PolicyError(f"the memory policy chose {victim!r}, which is not among its candidates")
-        sequence = _own(victim)
+        self._preempt(own(victim), needy)
+        return True
+
+    def _preempt(self, sequence: Sequence, needy: SequenceView) -> None:
         if sequence.granted:
             self.token_budget += sequence.granted
             sequence.granted = 0
@@ -166,7 +180,6 @@ class StepDraft:
         self.preempted.append(sequence)
         self.num_preempted += 1
         self._note(sequence.id, "preempted", f"{Refusal.NO_MEMORY.value} for {needy.id}")
-        return True
 
     def _note(self, request_id: RequestId, choice: Literal["refused", "preempted", "displaced"], why: str) -> None:
         reason = Reason(request_id, choice, why)
@@ -203,9 +216,3 @@ class StepDraft:
         self.admitted.append(sequence)
         self.token_budget -= num_tokens
         return num_tokens
-
-
-def _own(view: SequenceView) -> Sequence:
-    if not isinstance(view, Sequence):
-        raise PolicyError(f"{view!r} is not a sequence of this instance")
-    return view

@@ -7,13 +7,13 @@ from itertools import islice
 
 from rota.base.errors import LawBroken, PolicyError, StarvationError
 from rota.base.instant import Instant
-from rota.serving.api import BatchPolicy, MemoryPolicy, OrderPolicy, Refusal
+from rota.serving.api import BatchPolicy, MemoryPolicy, OrderPolicy, Refusal, SequenceView
 from rota.serving.instance.composition import StepComposition
 from rota.serving.instance.decodes import DecodeGroup
 from rota.serving.instance.draft import StepDraft
 from rota.serving.instance.ledger import BlockLedger
 from rota.serving.instance.moving import Moving, MovingEvent, in_order_of_admission
-from rota.serving.instance.sequence import Sequence
+from rota.serving.instance.sequence import Sequence, own
 from rota.serving.instance.steady import SteadyPass
 from rota.serving.model.commands import EVERYBODY, REASONS_MAX, Grant, InstanceCommand, Reason, RejectSequence, RunStep
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
@@ -101,6 +101,9 @@ class InstanceMachine:
     @property
     def num_free_blocks(self) -> int:
         return self._ledger.num_available
+
+    def num_blocks_freed(self, leaving: SequenceOf[SequenceView]) -> int:
+        return self._ledger.num_freed_by([own(sequence) for sequence in leaving])
 
     # --- the Machine -------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """One request's life on one instance."""
 
+from rota.base.errors import PolicyError
 from rota.base.instant import Instant
 from rota.base.table import TransitionTable
+from rota.serving.api import SequenceView
 from rota.serving.instance.decodes import Paced
 from rota.serving.model.request import Request
 
@@ -79,3 +81,10 @@ class Sequence(Paced):
             f"Sequence({self.id} {self.state} computed={self.num_computed_tokens}/{self.num_tokens} "
             f"blocks={self.num_blocks} priority={self.priority})"
         )
+
+
+def own(view: SequenceView) -> Sequence:
+    """The sequence behind a view; raises `PolicyError` where there is none."""
+    if not isinstance(view, Sequence):
+        raise PolicyError(f"{view!r} is not a sequence of this instance")
+    return view

@@ -26,7 +26,7 @@ class Capability(StrEnum):
     DISPLACE = "displace"
     """Stop a running request for a waiting one."""
     CHOOSE_VICTIM = "choose_victim"
-    """Choose freely whom to preempt when memory runs out."""
+    """Choose freely whom to preempt when memory runs out, ahead of the step that lacks it."""
     PREFIX_CACHE = "prefix_cache"
     """Share the blocks of equal prefixes."""
     RESUME_FROM_TOKENS = "resume_from_tokens"

@@ -18,20 +18,21 @@ VLLM_CAPABILITIES: EngineCapabilities = frozenset(
         Capability.TOKEN_BUDGET,
         Capability.PREEMPT_RECOMPUTE,
         Capability.DISPLACE,
+        Capability.CHOOSE_VICTIM,
         Capability.PREFIX_CACHE,
     }
 )
 """What vLLM 0.32 can be told from inside its scheduler.
 
 It lacks SKIP_REFUSED (a waiting request without room ends the scan), FREE_BATCH and ADMIT_BEFORE_RUNNING (its pass
-serves running requests first), and CHOOSE_VICTIM (its victim is the end of its running list).
+serves running requests first). Inside its pass the victim is the end of its running list; whom to preempt is chosen
+freely ahead of the pass, which then lacks nothing.
 """
 
 _WHY_LACKING = {
     Capability.ADMIT_BEFORE_RUNNING: "its pass serves running requests first",
     Capability.SKIP_REFUSED: "its scan ends at the first waiting request that lacks room",
     Capability.FREE_BATCH: "its pass composes the batch",
-    Capability.CHOOSE_VICTIM: "its victim is always the end of the running list",
 }
 
 
@@ -55,7 +56,7 @@ def check_hostable(
         raise _refusal(f"batch policy {_name(batch)} needs admit_before_running, which vLLM 0.32 lacks: {why}")
     if shape.token_budget is not None and shape.token_budget < 1:
         raise _refusal(f"batch policy {_name(batch)} has a budget of {shape.token_budget} tokens a step")
-    if memory.victim_order == "line":
+    if memory.victim_order in ("line", "chosen"):
         return shape
     if memory.victim_order != "admission":
         raise _refusal(
@@ -82,7 +83,7 @@ def _refusal(message: str) -> CapabilityError:
     return CapabilityError(
         message,
         hint="hosted are orders that end their walk where one does not fit; batch vllm_default, stall_free_chunks; "
-        "memory recompute_lowest",
+        "memory recompute_lowest, recompute_cheapest",
     )
 
 

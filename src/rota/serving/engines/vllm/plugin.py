@@ -15,7 +15,7 @@ Which policies can be hosted exactly: `hosting.py`. What of vLLM this rests on: 
 
 import importlib
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from rota.serving.engines.vllm.queue import PolicyQueue
 from rota.serving.engines.vllm.recorder import StepJournal
 from rota.serving.engines.vllm.seams import check_exporter, check_scheduler, check_seams
 from rota.serving.engines.vllm.views import VllmEngineView, VllmSequence, fact_of, limits_of
-from rota.serving.instance.displacement import choose_displaced
+from rota.serving.instance.displacement import choose_displaced, choose_short
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -98,7 +98,15 @@ class RotaScheduling(_Base):
         self.rota_memory: MemoryPolicy = policies.memory
         check_hostable(self.rota_order, self.rota_batch, self.rota_memory, limits)
         if self.rota_order.displacing:
-            _check_displacement(self)
+            _check_displacement(self, "an order policy that does not displace, e.g. fcfs")
+        if self.rota_memory.victim_order == "chosen":
+            _check_displacement(self, "a memory policy that takes the end of the line, e.g. recompute_lowest")
+            if self.num_spec_tokens:
+                raise CapabilityError(
+                    "speculative tokens take blocks that are not known before vLLM's pass, and victims are chosen "
+                    "ahead of it",
+                    hint="leave speculative decoding out, or use memory policy recompute_lowest",
+                )
         self._rota_on_end = getattr(self.rota_order, "request_ended", None)
         self.rota_limits = limits
         self._rota_sequences: dict[str, VllmSequence] = {}
@@ -164,8 +172,13 @@ class RotaScheduling(_Base):
         if self.rota_order.displacing and self.running and len(queue):
             self._rota_displace(budget)
         num_displaced = len(self._rota_preempted)
+        is_short = (
+            self.rota_memory.victim_order == "chosen"
+            and bool(self.running)
+            and self._rota_make_room(budget, shape.decodes_first)
+        )
         line, cursor = self._rota_line_up(shape.decodes_first)
-        queue.open_pass(view)
+        queue.open_pass(view, admits=not is_short)
         decision_ns = time.perf_counter_ns() - begun
 
         output = super().schedule(throttle_prefills)
@@ -271,8 +284,18 @@ class RotaScheduling(_Base):
             self.rota_memory,
             token_budget=token_budget,
             num_blocks_to_take=self._rota_blocks_to_take,
-            num_blocks_freed=self._rota_blocks_freed,
         )
+        self._rota_preempt(victims)
+
+    def _rota_make_room(self, token_budget: int, decodes_first: bool) -> bool:
+        """Preempt whom the memory policy chooses, until vLLM's pass will lack no block; says whether anybody was."""
+        victims = choose_short(
+            self.rota_view, self.rota_order, self.rota_memory, token_budget=token_budget, decodes_first=decodes_first
+        )
+        self._rota_preempt([victim for victim, _ in victims])
+        return bool(victims)
+
+    def _rota_preempt(self, victims: Sequence[SequenceView]) -> None:
         for victim in victims:
             request = self._rota_sequences[victim.id].vllm
             self.running.remove(request)
@@ -288,7 +311,7 @@ class RotaScheduling(_Base):
         blocks = self.kv_cache_manager
         hit, num_cached, _ = blocks.get_computed_blocks(request)
         num_tokens = min(request.num_tokens, self.max_model_len)
-        given_back = self._rota_held_by_these_alone(leaving)
+        given_back = self.rota_view.held_by_these_alone(leaving)
         num_taken_again = sum(block.block_id in given_back for group in hit.blocks for block in group)
         return num_taken_again + int(
             blocks.coordinator.get_num_blocks_to_allocate(
@@ -303,20 +326,6 @@ class RotaScheduling(_Base):
                 prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
             )
         )
-
-    def _rota_blocks_freed(self, leaving: Sequence[SequenceView]) -> int:
-        """Blocks that only these requests hold."""
-        return len(self._rota_held_by_these_alone(leaving))
-
-    def _rota_held_by_these_alone(self, running: Sequence[SequenceView]) -> set[int]:
-        counts: Counter[int] = Counter()
-        references: dict[int, int] = {}
-        for sequence in running:
-            for group in self.kv_cache_manager.get_blocks(sequence.id).blocks:
-                for block in group:
-                    counts[block.block_id] += 1
-                    references[block.block_id] = block.ref_cnt
-        return {block_id for block_id, count in counts.items() if references[block_id] == count}
 
     def _rota_line_up(self, decodes_first: bool) -> tuple[list[Any], Any]:
         """Put vLLM's running list into the order in which this step serves it; returns the line and its cursor."""
@@ -415,17 +424,17 @@ def _load_policies(path: str | None) -> Any:
     return stack.engine_policies(stack.load_stack(path), VLLM_CAPABILITIES, "vLLM 0.32")
 
 
-def _check_displacement(scheduler: Any) -> None:
+def _check_displacement(scheduler: Any, instead: str) -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     groups = scheduler.kv_cache_config.kv_cache_groups
     if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
         raise CapabilityError(
             "this model has more than full-attention blocks, and what displacing a request frees is not known exactly",
-            hint="use an order policy that does not displace, e.g. fcfs",
+            hint=f"use {instead}",
         )
     if scheduler.connector is not None:
         raise CapabilityError(
             "a KV connector may free blocks later than a request is preempted, and displacing needs them at once",
-            hint="leave --kv-transfer-config out, or use an order policy that does not displace, e.g. fcfs",
+            hint=f"leave --kv-transfer-config out, or use {instead}",
         )

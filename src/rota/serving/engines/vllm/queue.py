@@ -38,13 +38,14 @@ class PolicyQueue(RequestQueue):
 
     # --- the pass ----------------------------------------------------------------------------------------------------
 
-    def open_pass(self, engine: EngineView) -> None:
-        """From here to `close_pass` the queue follows the policy. The cursor is opened when vLLM first looks."""
+    def open_pass(self, engine: EngineView, *, admits: bool = True) -> None:
+        """From here to `close_pass` the queue follows the policy. The cursor is opened when vLLM first looks. Unless
+        the pass `admits`, it sees nobody wait, as in a step in which it preempted somebody itself."""
         self._engine = engine
         self._cursor = None
         self._held = None
         self._chunk = None
-        self._is_exhausted = False
+        self._is_exhausted = not admits
 
     def note_chunk(self, request: Any, num_tokens: int) -> None:
         """vLLM has settled on this many tokens for the request that it peeked at; only room can refuse it now."""

@@ -1,9 +1,11 @@
 """What policies see inside vLLM: thin windows onto vLLM's own requests and lists. Nothing is copied but facts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rota.base.instant import NANOSECONDS_PER_SECOND, Instant
+from rota.serving.api import SequenceView
 from rota.serving.engines.vllm.arguments import read_arguments
 from rota.serving.model.instance import InstanceLimits
 from rota.serving.model.request import Request, RequestId, TenantId
@@ -113,6 +115,23 @@ class VllmEngineView:
     @property
     def num_free_blocks(self) -> int:
         return int(self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def num_blocks_freed(self, leaving: Sequence[SequenceView]) -> int:
+        if len(leaving) == 1:
+            groups = self._scheduler.kv_cache_manager.get_blocks(leaving[0].id).blocks
+            return sum(block.ref_cnt == 1 for group in groups for block in group)
+        return len(self.held_by_these_alone(leaving))
+
+    def held_by_these_alone(self, running: Sequence[SequenceView]) -> set[int]:
+        """The blocks that nobody but these requests holds, by id."""
+        counts: Counter[int] = Counter()
+        references: dict[int, int] = {}
+        for sequence in running:
+            for group in self._scheduler.kv_cache_manager.get_blocks(sequence.id).blocks:
+                for block in group:
+                    counts[block.block_id] += 1
+                    references[block.block_id] = block.ref_cnt
+        return {block_id for block_id, count in counts.items() if references[block_id] == count}
 
 
 def _admitted_seq(sequence: VllmSequence) -> int:

@@ -22,6 +22,8 @@ def fill(draft: BatchDraft, order: OrderPolicy, shape: BatchShape) -> None:
         draft.limit_tokens(shape.token_budget)
     if order.displacing:
         draft.displace(order)
+    if not shape.admit_before_running:
+        draft.make_room(order, decodes_first=shape.decodes_first)
     cursor = order.open(draft.view, Pool.RUNNING)
     if not shape.decodes_first and not shape.admit_before_running and order.running_order == "admission":
         _grant_running(draft, cursor)

@@ -5,6 +5,7 @@ from rota.base.registry import Registry
 MEMORY: Registry = Registry(
     "memory",
     {
+        "recompute_cheapest": "rota.serving.policies.memory.recompute_cheapest:RecomputeCheapest",
         "recompute_last": "rota.serving.policies.memory.recompute_last:RecomputeLast",
         "recompute_lowest": "rota.serving.policies.memory.recompute_lowest:RecomputeLowest",
     },

@@ -1,9 +1,8 @@
 """Preempt the sequence admitted last."""
 
 from collections.abc import Sequence
-from typing import Literal
 
-from rota.serving.api import Capability, EngineCapabilities, EngineView, SequenceView
+from rota.serving.api import Capability, EngineCapabilities, EngineView, SequenceView, VictimOrder
 
 
 class RecomputeLast:
@@ -14,7 +13,7 @@ class RecomputeLast:
     """
 
     requires: EngineCapabilities = frozenset({Capability.PREEMPT_RECOMPUTE})
-    victim_order: Literal["line", "admission"] = "admission"
+    victim_order: VictimOrder = "admission"
 
     def victim(self, view: EngineView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
         return max(candidates, key=lambda sequence: sequence.admitted_seq, default=None)

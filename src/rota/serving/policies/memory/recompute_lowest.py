@@ -1,9 +1,8 @@
 """Preempt the sequence that the order ranks last."""
 
 from collections.abc import Sequence
-from typing import Literal
 
-from rota.serving.api import Capability, EngineCapabilities, EngineView, SequenceView
+from rota.serving.api import Capability, EngineCapabilities, EngineView, SequenceView, VictimOrder
 
 
 class RecomputeLowest:
@@ -15,7 +14,7 @@ class RecomputeLowest:
     """
 
     requires: EngineCapabilities = frozenset({Capability.PREEMPT_RECOMPUTE})
-    victim_order: Literal["line", "admission"] = "line"
+    victim_order: VictimOrder = "line"
 
     def victim(self, view: EngineView, candidates: Sequence[SequenceView], needy: SequenceView) -> SequenceView | None:
         return candidates[-1] if candidates else None
