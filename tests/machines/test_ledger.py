@@ -323,6 +323,7 @@ class LedgerRules(RuleBasedStateMachine):
         for known in self.waiting:
             found = self.pool.find(known.lookup_hashes())
             hit = ledger.lookup(known.holding, known.num_tokens)
+            assert ledger.num_cached_blocks(known.holding, known.num_tokens) == hit.num_blocks
             assert hit.num_blocks == len(found)
             assert hit.num_evictable == sum(block.num_references == 0 for block in found)
         for leaving in (self.running, self.running[:1], self.running[1:]):
@@ -338,6 +339,7 @@ class LedgerRules(RuleBasedStateMachine):
             found = self.pool.find(known.lookup_hashes())
             taken = sum(block.num_references == 0 or id(block) in given_back for block in found)
             hit = self.ledger.lookup(known.holding, known.num_tokens)
+            assert self.ledger.num_cached_blocks(known.holding, known.num_tokens) == hit.num_blocks
             expected = needed(known.num_tokens) - len(found) + taken
             assert self.ledger.num_to_take(known.holding, hit, known.num_tokens, holdings) == expected
 

@@ -118,6 +118,11 @@ class EngineView(Protocol):
         """Blocks that can be had: free plus cached and unreferenced."""
         ...
 
+    def num_cached_tokens(self, sequence: SequenceView) -> int:
+        """Leading tokens of a sequence that the prefix cache has now, which admission would not compute; at the router,
+        those that some instance is thought to have. Costs a look at each cached block, so ask of few."""
+        ...
+
 
 class MemoryView(EngineView, Protocol):
     """One engine as a memory policy sees it, which must know what a victim would give back."""

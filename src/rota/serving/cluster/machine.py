@@ -139,7 +139,7 @@ class ClusterMachine:
 
         self._now: Instant | None = None
         self._requests: dict[RequestId, TrackedRequest] = {}
-        self._queue = RouterQueue(queue, order)
+        self._queue = RouterQueue(queue, order, prefix_index)
         self._delays = Delays()
         self._recent: OrderedDict[RequestId, None] = OrderedDict()
         self._num_arrived = 0

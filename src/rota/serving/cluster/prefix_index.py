@@ -80,6 +80,10 @@ class PrefixIndex:
         per_hash = request.hash_block_tokens or self._block_size_of[instance_id]
         return min(num_hashes * per_hash, request.num_prompt_tokens)
 
+    def num_tokens_anywhere(self, request: Request) -> int:
+        """Leading tokens of the prompt that some instance is thought to hold: of all instances, the most."""
+        return max((self.num_tokens(request, instance_id) for instance_id in self.match(request)), default=0)
+
     def record(self, request: Request, instance_id: InstanceId) -> None:
         """The request was sent to an instance that was added before. O(blocks of the request)."""
         hashes = request.block_hashes

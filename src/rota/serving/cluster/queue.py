@@ -8,9 +8,10 @@ from operator import attrgetter
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant, after, seconds
-from rota.serving.api import Cursor, EndObserver, OnRefusal, OrderPolicy, Pool, QueueRules, Refusal
+from rota.serving.api import Cursor, EndObserver, OnRefusal, OrderPolicy, Pool, QueueRules, Refusal, SequenceView
 from rota.serving.cluster.answers import Asked, tell_end
 from rota.serving.cluster.lifecycles import RequestState
+from rota.serving.cluster.prefix_index import PrefixIndex
 from rota.serving.cluster.tracked import TrackedRequest
 from rota.serving.model.instance import InstanceLimits, InstanceReport
 from rota.serving.model.request import Request, RequestId, TenantId
@@ -74,7 +75,7 @@ class QueuedRequest:
 class _AtTheRouter:
     """What an order policy is shown: the fleet as one engine."""
 
-    __slots__ = ("limits", "now", "num_free_blocks", "running", "waiting")
+    __slots__ = ("_prefix_index", "limits", "now", "num_free_blocks", "running", "waiting")
 
     def __init__(
         self,
@@ -82,12 +83,17 @@ class _AtTheRouter:
         limits: InstanceLimits,
         running: SequenceOf[QueuedRequest],
         waiting: WaitingQueue[QueuedRequest],
+        prefix_index: PrefixIndex | None,
     ) -> None:
+        self._prefix_index = prefix_index
         self.now = now
         self.limits = limits
         self.num_free_blocks = limits.num_blocks
         self.running = running
         self.waiting = waiting
+
+    def num_cached_tokens(self, sequence: SequenceView) -> int:
+        return 0 if self._prefix_index is None else self._prefix_index.num_tokens_anywhere(sequence.request)
 
 
 class RouterQueue:
@@ -100,8 +106,11 @@ class RouterQueue:
     displaced at the router.
     """
 
-    def __init__(self, rules: QueueRules, order: OrderPolicy | None = None) -> None:
+    def __init__(
+        self, rules: QueueRules, order: OrderPolicy | None = None, prefix_index: PrefixIndex | None = None
+    ) -> None:
         self.rules = rules
+        self._prefix_index = prefix_index
         self.max_outstanding = rules.max_outstanding_per_instance or None
         self._order = order if self.max_outstanding is not None else None
         # Deadlines in the order of holding, which is the order of the deadlines, since every hold is equally long.
@@ -269,4 +278,4 @@ class RouterQueue:
             self._order.open(self._view(), Pool.RUNNING)
 
     def _view(self) -> _AtTheRouter:
-        return _AtTheRouter(self._now, self._limits, list(self._running.values()), self._waiting)
+        return _AtTheRouter(self._now, self._limits, list(self._running.values()), self._waiting, self._prefix_index)

@@ -20,6 +20,7 @@ O(pieces)."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from rota.base.errors import LawBroken
@@ -144,6 +145,19 @@ class BlockLedger:
         if run is None or limit - holding.num_hashed < run.count:
             return Hit(shared, num_shared, None, num_evictable) if shared else NO_HIT
         return Hit(shared, num_shared, run, num_evictable + run.count)
+
+    def num_cached_blocks(self, holding: Holding, num_tokens: int) -> int:
+        """`lookup(holding, num_tokens).num_blocks`, without saying which they are: for those who only ask how many."""
+        if holding.blocks_per_hash > 1 or not self.caching:
+            return self.lookup(holding, num_tokens).num_blocks
+        limit = (num_tokens - 1) // self.block_size
+        num_shared = 0
+        for block_hash in islice(holding.block_hashes, min(limit, holding.num_hashed)):
+            if block_hash not in self._found:
+                return num_shared
+            num_shared += 1
+        run = self._runs.get(holding.owner)
+        return num_shared if run is None or limit - holding.num_hashed < run.count else num_shared + run.count
 
     def num_to_take(self, holding: Holding, hit: Hit, num_tokens: int, leaving: Iterable[Holding] = ()) -> int:
         """By how much admitting a sequence with slots for `num_tokens` tokens lowers what can be had, after those

@@ -105,6 +105,10 @@ class InstanceMachine:
     def num_blocks_freed(self, leaving: SequenceOf[SequenceView]) -> int:
         return self._ledger.num_freed_by([own(sequence) for sequence in leaving])
 
+    def num_cached_tokens(self, sequence: SequenceView) -> int:
+        mine = own(sequence)
+        return self._ledger.num_cached_blocks(mine, mine.num_tokens) * self.limits.block_size
+
     # --- the Machine -------------------------------------------------------------------------------------------------
 
     def handle(self, event: InstanceEvent, now: Instant) -> SequenceOf[InstanceCommand]:

@@ -185,7 +185,9 @@ class RotaScheduling(_Base):
 
         begun = time.perf_counter_ns()
         grants = output.num_scheduled_tokens
-        queue.close_pass(has_slot=len(self.running) + self.num_waiting_for_streaming_input < self.max_num_active_reqs)
+        has_slot = len(self.running) + self.num_waiting_for_streaming_input < self.max_num_active_reqs
+        # Where both lack, it is the budget that ends a pass of ours, before anybody is tried.
+        queue.close_pass(has_slot=has_slot or output.total_num_scheduled_tokens >= budget)
         if cursor is not None:
             for sequence in line:
                 num_tokens = grants.get(sequence.id)

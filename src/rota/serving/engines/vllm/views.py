@@ -133,6 +133,10 @@ class VllmEngineView:
                     references[block.block_id] = block.ref_cnt
         return {block_id for block_id, count in counts.items() if references[block_id] == count}
 
+    def num_cached_tokens(self, sequence: SequenceView) -> int:
+        _, num_cached, _ = self._scheduler.kv_cache_manager.get_computed_blocks(self._sequences[sequence.id].vllm)
+        return int(num_cached)
+
 
 def _admitted_seq(sequence: VllmSequence) -> int:
     return sequence.admitted_seq
