@@ -30,6 +30,7 @@ from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceRepo
 from rota.serving.model.request import Request, RequestId, TenantId
 from rota.serving.policies.admission.bounded_queue import BoundedQueue
 from rota.serving.policies.dispatch.least_outstanding_tokens import LeastOutstandingTokens
+from rota.serving.policies.order.fair_prefix import FairPrefix
 from rota.serving.policies.order.fair_tokens import FairTokens
 from rota.serving.policies.order.fcfs import Fcfs
 from rota.serving.policies.order.strict_priority import StrictPriority
@@ -37,7 +38,7 @@ from rota.serving.policies.order.strict_priority import StrictPriority
 MAX_OUTSTANDING = 2
 MAX_HELD = 8
 LIMITS = InstanceLimits(num_blocks=64)
-ORDERS = (Fcfs, StrictPriority, FairTokens)
+ORDERS = (Fcfs, StrictPriority, FairTokens, FairPrefix)
 
 
 class QueueWorld(RuleBasedStateMachine):

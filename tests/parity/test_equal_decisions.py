@@ -17,6 +17,7 @@ from rota.serving.policies.memory.recompute_cheapest import RecomputeCheapest
 from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.policies.order.earliest_deadline import EarliestDeadline
+from rota.serving.policies.order.fair_prefix import FairPrefix
 from rota.serving.policies.order.fair_tokens import FairTokens
 from rota.serving.policies.order.fcfs import Fcfs
 from rota.serving.policies.order.highest_response_ratio import HighestResponseRatio
@@ -79,6 +80,9 @@ def test_fcfs_decides_as_stock_vllm_does(chunk: int) -> None:
 
 STACKS: dict[str, Callable[[], EnginePolicies]] = {
     "fair_tokens": lambda: EnginePolicies(FairTokens(weights={"tenant-1": 2.0}), VllmDefault(), RecomputeLowest()),
+    "fair_prefix": lambda: EnginePolicies(
+        FairPrefix(quantum_tokens=200, weights={"tenant-1": 2.0}), VllmDefault(), RecomputeLowest()
+    ),
     "earliest_deadline": lambda: EnginePolicies(EarliestDeadline(displace=True), VllmDefault(), RecomputeLowest()),
     "highest_response_ratio": lambda: EnginePolicies(
         HighestResponseRatio(lengths=History(num_least=2)), VllmDefault(), RecomputeLowest()

@@ -1,9 +1,11 @@
 """How fairly an order policy serves tenants: the service that two of them get while both wait, measured."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from rota.base.config import parse_toml
 from rota.base.errors import LawBroken
@@ -24,6 +26,20 @@ from rota.serving.stack import EnginePolicies, StackConfig, engine_policies
 from rota.testing.worlds import Job, Workload, play
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What counts as served: a prompt token, an output token, and whether prompt tokens found in the cache count."""
+
+    per_prompt_token: float
+    per_output_token: float
+    is_cached_free: bool
+
+
+SERVED = Service(PROMPT_WEIGHT, OUTPUT_WEIGHT, is_cached_free=False)
+COMPUTED = Service(1.0, 1.0, is_cached_free=True)
+"""What deficit longest prefix match charges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +65,27 @@ def _bound(limits: InstanceLimits, longest_prompt: int) -> float:
     return 2 * max(PROMPT_WEIGHT * longest_prompt + OUTPUT_WEIGHT, OUTPUT_WEIGHT * num_slots)
 
 
+def credit_bound(workload: Workload, quantum_tokens: float) -> float:
+    """What deficit longest prefix match promises of two tenants with requests waiting all through an interval. Each is
+    given the same in it, has at most a quantum left at any time, and owes at most what was charged after its credit was
+    spent: a prompt, and the output of those that run (2(U + Q) in Cao et al., 2025, U being the latter)."""
+    longest = max(job.request.num_prompt_tokens for job in workload.jobs)
+    num_slots = workload.limits.num_blocks * workload.limits.block_size
+    return 2 * (quantum_tokens + COMPUTED.per_prompt_token * longest + COMPUTED.per_output_token * num_slots)
+
+
+def check_fair_prefix(factory: Callable[[], OrderPolicy], *, quantum_tokens: float, num_workloads: int = 60) -> float:
+    """Prove on random overloads with shared prefixes that no two tenants drift further apart in what is computed for
+    them than `credit_bound` of that quantum; raises `LawBroken` with the first workload in which they do. Returns the
+    largest share of the bound that was seen."""
+    largest = 0.0
+    for seed in range(num_workloads):
+        workload = overload_with_prefixes(seed)
+        gap, bound = widest_gap(workload, factory(), service=COMPUTED), credit_bound(workload, quantum_tokens)
+        largest = max(largest, _share(seed, gap, bound))
+    return largest
+
+
 def check_fair_service(factory: Callable[[], OrderPolicy], *, num_workloads: int = 60) -> float:
     """Prove on random overloads that no two tenants of one class drift further apart than `service_bound`; raises
     `LawBroken` with the first workload in which they do. Returns the largest share of the bound that was seen.
@@ -59,19 +96,25 @@ def check_fair_service(factory: Callable[[], OrderPolicy], *, num_workloads: int
     for seed in range(num_workloads):
         workload = overload(seed)
         gap, bound = widest_gap(workload, factory()), service_bound(workload)
-        if gap.service > bound:
-            raise LawBroken(
-                f"law 16: overload {seed}: {gap.tenants} drifted {gap.service:g} tokens apart in {gap.num_steps} "
-                f"steps in which both waited, and at most {bound:g} were promised"
-            )
-        largest = max(largest, gap.service / bound)
+        largest = max(largest, _share(seed, gap, bound))
     return largest
 
 
-def widest_gap(workload: Workload, order: OrderPolicy, weights: Mapping[str, float] | None = None) -> Gap:
+def _share(seed: int, gap: Gap, bound: float) -> float:
+    if gap.service > bound:
+        raise LawBroken(
+            f"law 16: overload {seed}: {gap.tenants} drifted {gap.service:g} tokens apart in {gap.num_steps} "
+            f"steps in which both waited, and at most {bound:g} were promised"
+        )
+    return gap.service / bound
+
+
+def widest_gap(
+    workload: Workload, order: OrderPolicy, weights: Mapping[str, float] | None = None, service: Service = SERVED
+) -> Gap:
     """Play a workload, and measure over each longest interval in which two tenants of a class both had requests left in
     the queue after every step, by how much the difference of their services varied."""
-    account = _Account(weights or {})
+    account = _Account(weights or {}, service)
     play(workload, EnginePolicies(order, _Counting(VllmDefault(), account), RecomputeLast()), steady=False)
     return account.widest()
 
@@ -86,7 +129,7 @@ def live_gap(journal_path: str | Path) -> tuple[Gap, float]:
     journal = read_journal(journal_path, ROW_TYPES)
     stack = parse_toml(stack_of(journal.header), StackConfig, f"{journal_path}: stack")
     policies = engine_policies(stack, VLLM_CAPABILITIES, "vLLM")
-    account = _Account({})
+    account = _Account({}, SERVED)
     counted = EnginePolicies(policies.order, _Counting(policies.batch, account), policies.memory)
     machine = fresh_machine(journal.header, counted, steady=False)
     rows = list(journal)
@@ -125,6 +168,20 @@ def overload(seed: int, *, num_tenants: int = 4, num_jobs: int = 120) -> Workloa
     return Workload(limits, tuple(sorted(jobs, key=lambda job: (job.request.arrived_at, job.request.id))))
 
 
+def overload_with_prefixes(seed: int, *, share: float = 0.8) -> Workload:
+    """As `overload`; that `share` of each tenant's prompts begins like one of its two documents, as far as it goes."""
+    workload = overload(seed)
+    stream = RandomStreams(seed).stream("testing.prefixes")
+    jobs = []
+    for job in workload.jobs:
+        request = job.request
+        document = (request.tenant, stream.integers(0, 2) if stream.random() < share else request.id)
+        num_blocks = request.num_prompt_tokens // workload.limits.block_size
+        hashes = tuple((document, block) for block in range(num_blocks))
+        jobs.append(replace(job, request=msgspec.structs.replace(request, block_hashes=hashes)))
+    return replace(workload, jobs=tuple(jobs))
+
+
 class _Counting:
     """A batch policy that tells an account of every pass."""
 
@@ -145,8 +202,9 @@ class _Counting:
 class _Account:
     """What each tenant was served, and since when each pair has been waiting."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
+    def __init__(self, weights: Mapping[str, float], counted: Service) -> None:
         self._weights = weights
+        self._counted = counted
         self._served: dict[TenantId, float] = {}
         self._num_outputs: dict[RequestId, int] = {}
         self._intervals: dict[tuple[TenantId, TenantId], tuple[float, float, int]] = {}
@@ -176,14 +234,15 @@ class _Account:
         return self._served.get(pair[0], 0.0) - self._served.get(pair[1], 0.0)
 
     def _serve(self, sequence: Any) -> None:
-        service = 0.0
+        service, counted = 0.0, self._counted
         if sequence.id not in self._num_outputs:
             self._num_outputs[sequence.id] = 0
-            service += PROMPT_WEIGHT * sequence.num_prompt_tokens
+            num_free = sequence.num_computed_tokens if counted.is_cached_free else 0
+            service += counted.per_prompt_token * (sequence.num_prompt_tokens - num_free)
         num_outputs = sequence.num_tokens - sequence.num_prompt_tokens
         if sequence.num_computed_tokens + sequence.granted == sequence.num_tokens:
             num_outputs += 1
-        service += OUTPUT_WEIGHT * max(0, num_outputs - self._num_outputs[sequence.id])
+        service += counted.per_output_token * max(0, num_outputs - self._num_outputs[sequence.id])
         self._num_outputs[sequence.id] = max(num_outputs, self._num_outputs[sequence.id])
         weight = self._weights.get(sequence.tenant, 1.0)
         self._served[sequence.tenant] = self._served.get(sequence.tenant, 0.0) + service / weight

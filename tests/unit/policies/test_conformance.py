@@ -19,6 +19,7 @@ from rota.serving.policies.memory.recompute_last import RecomputeLast
 from rota.serving.policies.memory.recompute_lowest import RecomputeLowest
 from rota.serving.policies.order import ORDER
 from rota.serving.policies.order.earliest_deadline import EarliestDeadline
+from rota.serving.policies.order.fair_prefix import FairPrefix
 from rota.serving.policies.order.fair_tokens import FairTokens
 from rota.serving.policies.order.fcfs import Fcfs, InOrder
 from rota.serving.policies.order.highest_response_ratio import HighestResponseRatio
@@ -36,6 +37,7 @@ DECLARED = Declared()
 SOUND_ORDERS = {
     "earliest_deadline": lambda: EarliestDeadline(displace=True),
     "earliest_deadline, of those who wait": EarliestDeadline,
+    "fair_prefix": lambda: FairPrefix(quantum_tokens=20),
     "fair_tokens": FairTokens,
     "fcfs": Fcfs,
     "highest_response_ratio": lambda: HighestResponseRatio(lengths=History(num_least=2)),

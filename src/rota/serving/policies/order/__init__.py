@@ -7,6 +7,7 @@ ORDER: Registry = Registry(
     {
         "fcfs": "rota.serving.policies.order.fcfs:Fcfs",
         "earliest_deadline": "rota.serving.policies.order.earliest_deadline:EarliestDeadline",
+        "fair_prefix": "rota.serving.policies.order.fair_prefix:FairPrefix",
         "fair_tokens": "rota.serving.policies.order.fair_tokens:FairTokens",
         "highest_response_ratio": "rota.serving.policies.order.highest_response_ratio:HighestResponseRatio",
         "least_attained_service": "rota.serving.policies.order.least_attained_service:LeastAttainedService",
