@@ -1,12 +1,14 @@
 """What an order of an engine's sequences costs a step, with 128 running and 1,000 waiting of as many tenants.
 
-    python benchmarks/order_cost.py [--num-steps N] [--rounds R] [--order NAME ...] > result.json
+    python benchmarks/order_cost.py [--num-steps N] [--rounds R] [--order NAME ...]
+        [--document-blocks B] > result.json
 
 Two loads: in `full` nobody ends, so that nobody who waits can start; in `turning over` one request ends and another
 arrives in every step. `order_us` is the time inside the order policy and in choosing whom it displaces; `step_us` is
 all that the instance machine needs to plan the step. Counted is CPU time; a figure is a
 median over the steps of the quietest round. Steps take 20 ms; the queues of `skip_join_mlfq` have quanta of
-many, as they must where a preempted request is computed again.
+many, as they must where a preempted request is computed again. With `--document-blocks` each prompt begins with one of
+ten documents of so many blocks.
 """
 
 import argparse
@@ -82,7 +84,7 @@ class TimedOrder:
         return cursor if pool is Pool.RUNNING else TimedCursor(cursor, self._clock)
 
 
-def measure(name, *, is_turning_over, num_steps, seed=0):
+def measure(name, *, is_turning_over, num_steps, num_document_blocks=0, seed=0):
     stream = RandomStreams(seed).stream("order_cost")
     policies = engine_policies(
         StackConfig(order=name, parameters=PARAMETERS.get(name, Parameters())), EVERYTHING, "the benchmark"
@@ -104,8 +106,9 @@ def measure(name, *, is_turning_over, num_steps, seed=0):
         request = Request(
             RequestId(f"r{num_requests}"),
             Instant(now),
-            stream.integers(16, 200),
+            stream.integers(16, 200) + 16 * num_document_blocks,
             max_tokens=1000 + num_requests,
+            block_hashes=tuple((number % 10, block) for block in range(num_document_blocks)),
             tenant=TenantId(f"tenant-{number}"),
             slo=SLO(ttft=10**12 + now, e2e=10**13 + now),
         )
@@ -154,13 +157,19 @@ def main():
     parser.add_argument("--num-steps", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--order", nargs="+", default=ORDER.names())
+    parser.add_argument("--document-blocks", type=int, default=0)
     arguments = parser.parse_args()
     found = {}
     for name in arguments.order:
         found[name] = {
             load: quietest(
                 [
-                    measure(name, is_turning_over=load != "full", num_steps=arguments.num_steps)
+                    measure(
+                        name,
+                        is_turning_over=load != "full",
+                        num_steps=arguments.num_steps,
+                        num_document_blocks=arguments.document_blocks,
+                    )
                     for _ in range(arguments.rounds)
                 ]
             )
