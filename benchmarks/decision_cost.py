@@ -4,7 +4,8 @@
 
 The policies run on the router's own views, in its own machine, with reports that tell of every sequence. A `pick` is
 the call of the dispatch policy, an `arrival` the machine's whole answer, admission and accounting included; there is
-one report for each, as at one request a second for each instance, which reports every second. A `round` of migration is
+one report for each, as at one request a second for each instance, which reports every second. Policies that look at
+roles are also asked in a fleet of three of them, and where a request decodes. A `round` of migration is
 the call of the policy, which comes every 0.05 s: a `live` one, where a twentieth of the instances has reported since
 the last, and a `fresh` one, where all have, which is the worst there is. One instance in sixteen is short of memory,
 with a head that does not fit, so that there is something to plan; nothing comes of any move, so that there is as much
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rota import __version__
@@ -36,7 +38,7 @@ from rota.serving.model.events import (
     RequestArrived,
     RequestFinished,
 )
-from rota.serving.model.instance import InstanceLimits, InstanceReport, InstanceSpec
+from rota.serving.model.instance import InstanceLimits, InstanceReport, InstanceSpec, Role
 from rota.serving.policies.admission.bounded_queue import BoundedQueue
 from rota.serving.policies.dispatch import DISPATCH
 from rota.serving.policies.dispatch.round_robin import RoundRobin
@@ -47,13 +49,15 @@ MIGRATION_TARGET_MS = 5.0
 NUM_BLOCKS = 3000
 BLOCK_SIZE = 16
 NUM_DISPATCHES = 500
+ALIKE = (Role.MIXED,)
+OF_THREE_ROLES = (Role.PREFILL, Role.DECODE, Role.MIXED)
 NUM_MIGRATION_ROUNDS = 10
 
 
 class Fleet:
     """A router's machine, and instances that report what it sent them."""
 
-    def __init__(self, num_instances: int, num_running: int, dispatch: Any) -> None:
+    def __init__(self, num_instances: int, num_running: int, dispatch: Any, roles: Sequence[Role] = ALIKE) -> None:
         self.stream = Stream(0, "fleet")
         self.now = Instant(seconds(1))
         self.policy = SwitchedLater()
@@ -63,7 +67,8 @@ class Fleet:
         self.num_arrived = 0
         for number in range(num_instances):
             instance_id = InstanceId(f"i{number:04}")
-            spec = InstanceSpec(instance_id, InstanceLimits(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE))
+            limits = InstanceLimits(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+            spec = InstanceSpec(instance_id, limits, role=roles[number % len(roles)])
             self.machine.handle(InstanceStarted(spec), self.now)
             self.running[instance_id], self.waiting[instance_id] = [], []
         for number in range(num_instances * num_running):
@@ -130,6 +135,9 @@ class SwitchedLater:
         self.costs_ms.append((time.process_time_ns() - before) / 1e6)
         return pick
 
+    def pick_decode(self, request: Any, at: Any, cluster: Any) -> Any:
+        return self.dispatch.pick_decode(request, at, cluster)
+
 
 def cost_ms(call: Callable[[], object]) -> float:
     before = time.process_time_ns()
@@ -137,14 +145,21 @@ def cost_ms(call: Callable[[], object]) -> float:
     return (time.process_time_ns() - before) / 1e6
 
 
-def dispatch_costs(name: str, num_instances: int, num_running: int) -> dict[str, list[float]]:
-    """One round: what the policy and the whole machine take for an arrival."""
-    fleet = Fleet(num_instances, num_running, DISPATCH.create(name, services={"stream": Stream(1, name)}))
-    costs = []
+def dispatch_costs(
+    name: str, num_instances: int, num_running: int, roles: Sequence[Role] = ALIKE
+) -> dict[str, list[float]]:
+    """One round: what the policy and the whole machine take for an arrival, and the policy for where it decodes."""
+    policy = DISPATCH.create(name, services={"stream": Stream(1, name)})
+    fleet = Fleet(num_instances, num_running, policy, roles)
+    costs, decode_costs = [], []
     for number in range(NUM_DISPATCHES):
         fleet.report(every=num_instances, first=number % num_instances)
         costs.append(cost_ms(fleet.arrive))
-    return {"pick": fleet.policy.costs_ms[-NUM_DISPATCHES:], "arrival": costs}
+        if hasattr(policy, "pick_decode"):
+            request, at = Request(RequestId(f"d{number}"), fleet.now, 500, 500), InstanceId("i0000")
+            decode_costs.append(cost_ms(partial(policy.pick_decode, request, at, fleet.cluster())))
+    found = {"pick": fleet.policy.costs_ms[-NUM_DISPATCHES:], "arrival": costs}
+    return found | {"pick_decode": decode_costs} if decode_costs else found
 
 
 def migration_costs(name: str, num_instances: int, num_running: int) -> dict[str, list[float]]:
@@ -188,9 +203,16 @@ def main() -> None:
     results: dict[str, Any] = {}
     for num_instances in arguments.num_instances:
         for name in DISPATCH.names():
-            measured = [dispatch_costs(name, num_instances, arguments.num_running) for _ in range(arguments.rounds)]
-            for what in ("pick", "arrival"):
-                results[f"{what} {name} {num_instances}"] = row([each[what] for each in measured], DISPATCH_TARGET_MS)
+            fleets = {name: ALIKE}
+            if getattr(DISPATCH.load(name), "reads_roles", False):
+                fleets[f"{name} of three roles"] = OF_THREE_ROLES
+            for label, roles in fleets.items():
+                measured = [
+                    dispatch_costs(name, num_instances, arguments.num_running, roles) for _ in range(arguments.rounds)
+                ]
+                for what in measured[0]:
+                    rounds = [each[what] for each in measured]
+                    results[f"{what} {label} {num_instances}"] = row(rounds, DISPATCH_TARGET_MS)
         for name in MIGRATION.names():
             measured = [migration_costs(name, num_instances, arguments.num_running) for _ in range(arguments.rounds)]
             for how in ("live", "fresh"):

@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 from rota.base.errors import ConfigError
 from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, InstanceView, Pick, Request, Role
-from rota.serving.policies.dispatch.scoring import load_scores
+from rota.serving.policies.dispatch.by_role import ByRole, FleetRoles, place_of
+from rota.serving.policies.dispatch.scoring import least_booked, least_loaded, load_scores
+
+_InPools = dict[Role, list[InstanceView]]
 
 
 class Pools:
@@ -44,17 +47,21 @@ class Pools:
         self._max_pending_tokens = max_pending_tokens
         self._expected_output_tokens = expected_output_tokens
         self._joined: set[InstanceId] = set()
+        self._by_role = ByRole()
+        self._lent: tuple[FleetRoles, list[InstanceView], _InPools] | None = None
+        """The pools as they were when some had joined the mixed one, and who had."""
 
     def pick(self, request: Request, cluster: ClusterView) -> Pick:
-        if all(view.role is Role.MIXED for view in cluster.instances):
-            chosen = min(cluster.instances, key=_num_pending)
+        roles = self._by_role.of(cluster.instances)
+        if not roles.prefill and not roles.decode:
+            chosen = least_loaded(cluster.instances)
             return Pick(chosen.id, f"no roles; fewest pending tokens ({_num_pending(chosen)})")
-        pools = self._pools(cluster.instances)
+        pools = self._pools(cluster.instances, roles)
         prefill, why_prefill = self._place(request, pools, _PREFILL)
         decode, why_decode = self._place(request, pools, _DECODE)
         scores = load_scores(cluster.instances)
         if prefill is None or decode is None:
-            chosen = min(cluster.instances, key=_num_pending)
+            chosen = least_loaded(cluster.instances)
             return Pick(chosen.id, f"every pool is full: both phases where {_num_pending(chosen)} tokens pend", scores)
         if prefill is decode:
             return Pick(prefill.id, f"both phases: {why_prefill}; {why_decode}", scores)
@@ -62,28 +69,29 @@ class Pools:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _pools(self, instances: Sequence[InstanceView]) -> dict[Role, list[InstanceView]]:
+    def _pools(self, instances: Sequence[InstanceView], roles: FleetRoles) -> _InPools:
         """The instances by the pool that they are in, each by id. Those that joined and are idle go home."""
-        pools: dict[Role, list[InstanceView]] = {role: [] for role in Role}
-        joined = set()
-        for view in instances:
-            role = view.role
-            if view.id in self._joined and (view.num_outstanding_requests or view.num_expected_requests):
-                joined.add(view.id)
-                role = Role.MIXED
-            pools[role].append(view)
-        self._joined = joined
-        return pools
+        joined = []
+        for instance_id in sorted(self._joined):
+            place = place_of(instance_id, instances)
+            if place is not None and (
+                instances[place].num_outstanding_requests or instances[place].num_expected_requests
+            ):
+                joined.append(instances[place])
+        self._joined = {view.id for view in joined}
+        if not joined:
+            return {Role.PREFILL: roles.prefill, Role.MIXED: roles.mixed, Role.DECODE: roles.decode}
+        if self._lent is None or self._lent[:2] != (roles, joined):
+            self._lent = roles, joined, _lend(roles, joined)
+        return self._lent[2]
 
-    def _place(
-        self, request: Request, pools: dict[Role, list[InstanceView]], phase: "_Phase"
-    ) -> tuple[InstanceView | None, str]:
+    def _place(self, request: Request, pools: _InPools, phase: "_Phase") -> tuple[InstanceView | None, str]:
         """Where a phase of the request runs, and why there."""
         for role in (phase.home, Role.MIXED):
-            chosen = min(pools[role], key=phase.load, default=None)
+            chosen = phase.least(pools[role]) if pools[role] else None
             if chosen is not None and phase.has_room(self, chosen, request):
                 return chosen, f"fewest {phase.counted} tokens ({phase.load(chosen)}) of the {role} pool"
-        chosen = min(pools[phase.lender], key=phase.load, default=None)
+        chosen = phase.least(pools[phase.lender]) if pools[phase.lender] else None
         if chosen is not None:
             self._joined.add(chosen.id)
         return chosen, f"the {phase.home} and mixed pools are full: one of the {phase.lender} pool does both"
@@ -108,6 +116,16 @@ def _num_booked(view: InstanceView) -> int:
     return view.num_booked_tokens
 
 
+def _lend(roles: FleetRoles, joined: Sequence[InstanceView]) -> _InPools:
+    away = {view.id for view in joined}
+    mixed = [view for view in roles.mixed if view.id not in away]
+    return {
+        Role.PREFILL: [view for view in roles.prefill if view.id not in away],
+        Role.MIXED: sorted([*mixed, *joined], key=lambda view: view.id),
+        Role.DECODE: [view for view in roles.decode if view.id not in away],
+    }
+
+
 class _Phase(NamedTuple):
     """What the two phases of a request differ in."""
 
@@ -116,8 +134,9 @@ class _Phase(NamedTuple):
     """The pool of which one joins the mixed pool where there is no room."""
     counted: str
     load: Callable[[InstanceView], int]
+    least: Callable[[Sequence[InstanceView]], InstanceView]
     has_room: Callable[[Pools, InstanceView, Request], bool]
 
 
-_PREFILL = _Phase(Role.PREFILL, Role.DECODE, "pending", _num_pending, Pools._has_short_queue)
-_DECODE = _Phase(Role.DECODE, Role.PREFILL, "booked", _num_booked, Pools._has_memory)
+_PREFILL = _Phase(Role.PREFILL, Role.DECODE, "pending", _num_pending, least_loaded, Pools._has_short_queue)
+_DECODE = _Phase(Role.DECODE, Role.PREFILL, "booked", _num_booked, least_booked, Pools._has_memory)

@@ -19,6 +19,7 @@ from rota.serving.api import (
     RequestId,
     Role,
 )
+from rota.serving.policies.dispatch.by_role import ByRole, place_of
 from rota.serving.policies.dispatch.scoring import least_loaded, load_scores
 from rota.serving.policies.observed_lengths import ObservedLengths
 
@@ -97,24 +98,24 @@ class PowerOfTwoByClass:
         self._heavy_tokens = heavy_tokens
         self._bucket_tokens = bucket_tokens
         self._reserve = reserve
+        self._by_role = ByRole()
         self._lengths = ObservedLengths(guess_tokens=guess_tokens)
         self._placed: dict[RequestId, _Placed] = {}
         self._at: dict[InstanceId, dict[RequestId, _Placed]] = {}
 
     def pick(self, request: Request, cluster: ClusterView) -> Pick:
         instances = cluster.instances
-        takers = (
-            [view for view in instances if view.role is Role.PREFILL]
-            or [view for view in instances if view.role is Role.MIXED]
-            or instances
-        )
+        roles = self._by_role.of(instances)
+        takers = roles.prefill or roles.mixed or instances
         chosen = least_loaded(takers)
-        is_split = chosen.role is Role.PREFILL and any(view.role is not Role.PREFILL for view in instances)
+        is_split = chosen.role is Role.PREFILL and bool(roles.not_prefill)
         reason = f"fewest outstanding tokens ({chosen.num_outstanding_tokens}) of {len(takers)} that take prompts"
         return Pick(chosen.id, reason, load_scores(takers), prefill_only=is_split)
 
     def pick_decode(self, request: Request, at: InstanceId, cluster: ClusterView) -> Pick:
-        left = [view for view in cluster.instances if view.role is not Role.PREFILL and view.id != at]
+        left = list(self._by_role.of(cluster.instances).not_prefill)
+        if (place := place_of(at, left)) is not None:
+            del left[place]
         num_decode = len(left)
         low = self._lengths.predict(request) // self._bucket_tokens * self._bucket_tokens
         placed = _Placed(

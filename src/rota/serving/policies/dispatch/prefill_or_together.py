@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from rota.base.errors import ConfigError
 from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, InstanceView, Pick, Request, Role
-from rota.serving.policies.dispatch.scoring import least_loaded, load_scores
+from rota.serving.policies.dispatch.by_role import ByRole
+from rota.serving.policies.dispatch.scoring import least_booked, least_loaded, load_scores
 from rota.serving.policies.heat_map import load_heat_map
 from rota.serving.policies.observed_lengths import ObservedLengths
 
@@ -43,32 +44,29 @@ class PrefillOrTogether:
         self._map = load_heat_map(heat_map)
         self._balance_tokens = balance_tokens
         self._lengths = ObservedLengths(guess_tokens=guess_tokens)
+        self._by_role = ByRole()
 
     def pick(self, request: Request, cluster: ClusterView) -> Pick:
         instances = cluster.instances
-        apart = [view for view in instances if view.role is Role.PREFILL]
-        together = [view for view in instances if view.role is Role.MIXED]
+        roles = self._by_role.of(instances)
         num_output_tokens = self._lengths.predict(request)
         gain = self._map.gain(request.num_prompt_tokens, num_output_tokens)
-        wanted = apart + together
-        if gain > 0.0 and any(view.role is Role.DECODE for view in instances):
-            wanted = apart or together
+        takers = roles.not_decode or instances
+        if gain > 0.0 and roles.decode:
+            takers = roles.prefill or takers
         elif gain < 0.0:
-            wanted = together or apart
-        takers = sorted(wanted, key=lambda view: view.id) or instances
+            takers = roles.mixed or takers
         chosen, why = self._best(request, takers)
-        is_split = chosen.role is Role.PREFILL and any(view.role is not Role.PREFILL for view in instances)
+        is_split = chosen.role is Role.PREFILL and bool(roles.not_prefill)
         reason = f"{num_output_tokens} tokens expected, gain of splitting {gain:+.2f}: {why}"
         return Pick(chosen.id, reason, load_scores(takers), prefill_only=is_split)
 
     def pick_decode(self, request: Request, at: InstanceId, cluster: ClusterView) -> Pick:
-        takers = (
-            [view for view in cluster.instances if view.role is Role.DECODE]
-            or [view for view in cluster.instances if view.role is Role.MIXED]
-        )  # fmt: skip
+        roles = self._by_role.of(cluster.instances)
+        takers = roles.decode or roles.mixed
         if not takers:
             return Pick(at, "no other instance decodes")
-        chosen = min(takers, key=lambda view: view.num_booked_tokens)
+        chosen = least_booked(takers)
         return Pick(chosen.id, f"fewest booked tokens ({chosen.num_booked_tokens}) of {len(takers)} that decode")
 
     def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
@@ -77,11 +75,11 @@ class PrefillOrTogether:
 
     def _best(self, request: Request, takers: Sequence[InstanceView]) -> tuple[InstanceView, str]:
         loads = [view.num_outstanding_tokens for view in takers]
-        if max(loads) - min(loads) <= self._balance_tokens:
+        fewest = min(loads)
+        if request.block_hashes and max(loads) - fewest <= self._balance_tokens:
             cached = [view.num_prefix_tokens(request) for view in takers]
             longest = max(cached)
             if longest:
                 chosen = least_loaded([view for view, each in zip(takers, cached, strict=True) if each == longest])
                 return chosen, f"longest cached prefix ({longest} tokens) of {len(takers)}"
-        chosen = least_loaded(takers)
-        return chosen, f"fewest outstanding tokens ({chosen.num_outstanding_tokens}) of {len(takers)}"
+        return takers[loads.index(fewest)], f"fewest outstanding tokens ({fewest}) of {len(takers)}"

@@ -28,7 +28,8 @@ def load_scores(instances: Sequence[InstanceView]) -> tuple[tuple[InstanceId, fl
 
 def least_loaded(instances: Sequence[InstanceView]) -> InstanceView:
     """The instance with the fewest outstanding tokens, the first by id among equals."""
-    return equally_least_loaded(instances)[0]
+    loads = [instance.num_outstanding_tokens for instance in instances]
+    return instances[loads.index(min(loads))]
 
 
 def equally_least_loaded(instances: Sequence[InstanceView]) -> list[InstanceView]:
@@ -36,3 +37,9 @@ def equally_least_loaded(instances: Sequence[InstanceView]) -> list[InstanceView
     loads = [instance.num_outstanding_tokens for instance in instances]
     fewest = min(loads)
     return [instance for instance, load in zip(instances, loads, strict=True) if load == fewest]
+
+
+def least_booked(instances: Sequence[InstanceView]) -> InstanceView:
+    """The instance with the fewest booked tokens, the first by id among equals."""
+    booked = [instance.num_booked_tokens for instance in instances]
+    return instances[booked.index(min(booked))]
