@@ -1,12 +1,13 @@
 """Real tokens: stock vLLM, vLLM with our plug-in, and the same under preemption and displacement.
 
-Each engine runs in a process of its own over the same script of arrivals (`vllm_tokens.py`), greedily, on too few
+Each run is a process of its own over the same script of arrivals (`vllm_tokens.py`), greedily, on too few
 blocks."""
 
 import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,19 @@ SCRIPT = Path(__file__).with_name("vllm_tokens.py")
 TIMEOUT_SECONDS = 300.0
 
 
-def run(folder: Path, *, dtype: str, plugin: dict[str, str] | None, **phases: bool) -> dict[str, Any]:
-    """The tokens of one engine: `together`, `late` (some arrive while others run, and outrank them), `alone`. It may be
-    given a `backlog` of three tenants before it ends."""
-    spec = {"model": str(prepare_model()), "dtype": dtype, "plugin": plugin, "late": True, "alone": False, **phases}
+def run(
+    folder: Path,
+    *,
+    dtype: str,
+    plugin: dict[str, str] | None,
+    alone: bool = False,
+    backlogs: Sequence[dict[str, str]] = (),
+) -> dict[str, Any]:
+    """The tokens of one engine: `together`, `late` (some arrive while others run, and outrank them), `alone`. With
+    `backlogs`, no tokens: an engine for each of these plug-ins, one after the other, with a backlog of three
+    tenants."""
+    model = str(prepare_model())
+    spec = {"model": model, "dtype": dtype, "plugin": plugin, "late": True, "alone": alone, "backlogs": backlogs}
     out, log = folder / "tokens.json", folder / "log"
     with log.open("w") as file:
         done = subprocess.run(
@@ -54,39 +64,44 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda dtype: run(tmp_path_factory.mktemp("stock"), dtype=dtype, plugin=None, alone=True))
 
 
-@pytest.fixture(scope="module")
-def fcfs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """Our plug-in in `fcfs`, with three tenants at its end: the tokens, and the folder of `facts` and `journal`."""
-    folder = tmp_path_factory.mktemp("fcfs")
-    return run(folder, dtype="bfloat16", plugin=writing_to(folder), backlog=True), folder
-
-
-def writing_to(folder: Path, stack: str = "") -> dict[str, str]:
+def writing_to(folder: Path, stack: str) -> dict[str, str]:
+    folder.mkdir(exist_ok=True)
     (folder / "stack.toml").write_text(stack)
     return {"stack": str(folder / "stack.toml"), "facts": str(folder / "facts"), "journal": str(folder / "journal")}
 
 
-def test_fcfs_gives_the_tokens_of_stock_vllm(stock: Any, fcfs: tuple[dict[str, Any], Path]) -> None:
+def test_fcfs_gives_the_tokens_of_stock_vllm(stock: Any, tmp_path: Path) -> None:
     expected = stock("bfloat16")
-    tokens, folder = fcfs
+    tokens = run(tmp_path, dtype="bfloat16", plugin={"facts": str(tmp_path / "facts")})
     assert tokens["together"] == expected["together"]
     assert tokens["late"] == expected["late"]
-    assert sum(record.num_preempted for record in read_facts(folder / "facts")) > 5
+    assert sum(record.num_preempted for record in read_facts(tmp_path / "facts")) > 5
 
 
-def test_tenants_of_a_live_vllm_stay_within_the_published_bound(
-    fcfs: tuple[dict[str, Any], Path], tmp_path: Path
-) -> None:
-    """Law 16, on the steps that vLLM ran: the same requests of three tenants, before the same steps, in both orders."""
-    plugin = writing_to(tmp_path, 'order = "fair_tokens"\n')
-    run(tmp_path, dtype="bfloat16", plugin=plugin, late=False, together=False, backlog=True)
-    fair, bound = live_gap(tmp_path / "journal")
-    unfair, same_bound = live_gap(fcfs[1] / "journal")
-    assert bound == same_bound
-    assert fair.service <= bound < unfair.service
-    # The bound is loose; and two who never waited at once would keep any.
-    assert 5 * fair.service < unfair.service
-    assert fair.num_steps > 50
+QUANTUM_TOKENS = 64.0
+ORDERS = {
+    "fcfs": 'order = "fcfs"\n',
+    "fair_tokens": 'order = "fair_tokens"\n',
+    "fair_prefix": f'order = "fair_prefix"\n[parameters.order]\nquantum_tokens = {QUANTUM_TOKENS}\n',
+    # Plain longest prefix first: nobody's credit is ever spent.
+    "longest_prefix": 'order = "fair_prefix"\n[parameters.order]\nquantum_tokens = 1e9\n',
+}
+
+
+def test_tenants_of_a_live_vllm_stay_within_the_published_bounds(tmp_path: Path) -> None:
+    """Law 16, on the steps that vLLM ran: the same requests of three tenants, before the same steps, in each order."""
+    plugins = {name: writing_to(tmp_path / name, stack) for name, stack in ORDERS.items()}
+    run(tmp_path, dtype="bfloat16", plugin=None, backlogs=list(plugins.values()))
+    served = {name: live_gap(tmp_path / name / "journal") for name in ("fair_tokens", "fcfs")}
+    computed = {
+        name: live_gap(tmp_path / name / "journal", quantum_tokens=QUANTUM_TOKENS)
+        for name in ("fair_prefix", "fcfs", "longest_prefix")
+    }
+    for fair, gaps in (("fair_tokens", served), ("fair_prefix", computed)):
+        for name, (gap, bound) in gaps.items():
+            assert (gap.service <= bound) == (name == fair), (name, gap, bound)
+        # Two who never waited at once would keep any bound.
+        assert gaps[fair][0].num_steps > 20, gaps
 
 
 def test_the_make_up_of_a_batch_changes_the_tokens_of_stock_vllm_in_bfloat16_only(stock: Any) -> None:

@@ -6,6 +6,7 @@ The engine core runs in this process, so that requests meet steps at the same po
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PREAMBLE = (
@@ -25,8 +26,8 @@ PROMPTS = [
 ]
 MAX_TOKENS = 40
 BLOCK_SIZE = 32
-EVE_COMES_BEFORE = 30
-BACKLOG = {"ada": (26, 20, 0), "ben": (14, 40, 0), "eve": (8, 20, EVE_COMES_BEFORE)}
+EVE_COMES_BEFORE = 20
+BACKLOG = {"ada": (30, 12, 0), "ben": (10, 24, 0), "eve": (8, 12, EVE_COMES_BEFORE)}
 """Of each tenant: how many requests, tokens of each answer, the step before which they come."""
 
 
@@ -43,11 +44,30 @@ def main(spec: dict[str, object], out: str) -> None:
     )
     from vllm import LLM
 
+    result: dict[str, object] = {}
+    if spec.get("backlogs"):
+        for plugin in spec["backlogs"]:  # type: ignore[attr-defined]
+            llm = _engine(LLM, spec, plugin)
+            _backlog(llm)
+            llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
+        Path(out).write_text(json.dumps(result))
+        return
+    llm = _engine(LLM, spec, spec["plugin"])
+    result["together"] = _together(llm, dict.fromkeys(range(len(PROMPTS)), 0))
+    if spec["late"]:
+        result["late"] = _together(llm, {n: (n - 7) * 5 if n >= 8 else 0 for n in range(len(PROMPTS))})
+    if spec["alone"]:
+        result["alone"] = {name: tokens for n in range(len(PROMPTS)) for name, tokens in _together(llm, {n: 0}).items()}
+    Path(out).write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
+
+
+def _engine(kind: Callable[..., object], spec: dict[str, object], plugin: object) -> object:
     settings: dict[str, object] = {}
-    if spec["plugin"] is not None:
+    if plugin is not None:
         settings["scheduler_cls"] = "rota.serving.engines.vllm.plugin.RotaScheduler"
-        settings["additional_config"] = {"rota": spec["plugin"]}
-    llm = LLM(
+        settings["additional_config"] = {"rota": plugin}
+    return kind(
         str(spec["model"]),
         dtype=str(spec["dtype"]),
         enforce_eager=True,
@@ -60,17 +80,6 @@ def main(spec: dict[str, object], out: str) -> None:
         enable_prefix_caching=bool(spec.get("prefix_caching", True)),
         **settings,
     )
-    result: dict[str, object] = {}
-    if spec.get("together", True):
-        result["together"] = _together(llm, dict.fromkeys(range(len(PROMPTS)), 0))
-    if spec["late"]:
-        result["late"] = _together(llm, {n: (n - 7) * 5 if n >= 8 else 0 for n in range(len(PROMPTS))})
-    if spec.get("backlog"):
-        _backlog(llm)
-    if spec["alone"]:
-        result["alone"] = {name: tokens for n in range(len(PROMPTS)) for name, tokens in _together(llm, {n: 0}).items()}
-    Path(out).write_text(json.dumps(result))
-    llm.llm_engine.engine_core.shutdown()
 
 
 def _together(llm: object, arrivals: dict[int, int]) -> dict[str, list[int]]:

@@ -70,8 +70,12 @@ def credit_bound(workload: Workload, quantum_tokens: float) -> float:
     given the same in it, has at most a quantum left at any time, and owes at most what was charged after its credit was
     spent: a prompt, and the output of those that run (2(U + Q) in Cao et al., 2025, U being the latter)."""
     longest = max(job.request.num_prompt_tokens for job in workload.jobs)
-    num_slots = workload.limits.num_blocks * workload.limits.block_size
-    return 2 * (quantum_tokens + COMPUTED.per_prompt_token * longest + COMPUTED.per_output_token * num_slots)
+    return _credit_bound(workload.limits, longest, quantum_tokens)
+
+
+def _credit_bound(limits: InstanceLimits, longest_prompt: int, quantum_tokens: float) -> float:
+    num_slots = limits.num_blocks * limits.block_size
+    return 2 * (quantum_tokens + COMPUTED.per_prompt_token * longest_prompt + COMPUTED.per_output_token * num_slots)
 
 
 def check_fair_prefix(factory: Callable[[], OrderPolicy], *, quantum_tokens: float, num_workloads: int = 60) -> float:
@@ -119,8 +123,9 @@ def widest_gap(
     return account.widest()
 
 
-def live_gap(journal_path: str | Path) -> tuple[Gap, float]:
-    """The widest gap between two tenants of a live vLLM with our plug-in, and the bound for its blocks and prompts.
+def live_gap(journal_path: str | Path, *, quantum_tokens: float | None = None) -> tuple[Gap, float]:
+    """The widest gap between two tenants of a live vLLM with our plug-in, and the bound for its blocks and prompts:
+    that of `service_bound`, or, with a quantum, that of `credit_bound`, each for what is charged there.
 
     Its journal is fed into a fresh machine, which must order the very steps that the engine ran; raises `LawBroken` if
     it does not, `DataError` for a journal that is not of such an engine. What is counted is what each of these steps
@@ -129,15 +134,17 @@ def live_gap(journal_path: str | Path) -> tuple[Gap, float]:
     journal = read_journal(journal_path, ROW_TYPES)
     stack = parse_toml(stack_of(journal.header), StackConfig, f"{journal_path}: stack")
     policies = engine_policies(stack, VLLM_CAPABILITIES, "vLLM")
-    account = _Account({}, SERVED)
+    account = _Account({}, SERVED if quantum_tokens is None else COMPUTED)
     counted = EnginePolicies(policies.order, _Counting(policies.batch, account), policies.memory)
     machine = fresh_machine(journal.header, counted, steady=False)
     rows = list(journal)
     difference = replay(rows, {MACHINE: machine})
     if difference is not None:
         raise LawBroken(f"law 10: {journal_path}: {difference}")
-    arrived = [row.event.request for row in rows if isinstance(row.event, SequenceArrived)]
-    return account.widest(), _bound(machine.limits, max(request.num_prompt_tokens for request in arrived))
+    longest = max(row.event.request.num_prompt_tokens for row in rows if isinstance(row.event, SequenceArrived))
+    if quantum_tokens is None:
+        return account.widest(), _bound(machine.limits, longest)
+    return account.widest(), _credit_bound(machine.limits, longest, quantum_tokens)
 
 
 def overload(seed: int, *, num_tenants: int = 4, num_jobs: int = 120) -> Workload:
