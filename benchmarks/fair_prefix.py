@@ -10,7 +10,9 @@ about documents of 2,048 to 10,240 tokens, six each, which together are twice wh
 prompts of 1,000 to 4,000 tokens that nobody has in common. 600 requests come within 60 s, and take longer than that to
 serve, so that queues are long. Means over the seeds, with the lowest and highest.
 
-**Arms**: the order policy alone differs. The one with an endless quantum is plain longest prefix first.
+**Arms**: the order policy alone differs. The one with an endless quantum is plain longest prefix first. Then three such
+instances behind a router, with three times the requests: what dispatches differs, too. Last, the same with all of
+`greedy` about one document, and answers of 600 tokens.
 """
 
 import argparse
@@ -18,7 +20,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,23 +43,47 @@ RESULTS = Path(__file__).parent / "results" / "fair_prefix.json"
 PROFILE = "llama-3.1-8b-a100"
 NUM_BLOCKS = 6000
 NUM_REQUESTS = 600
+NUM_INSTANCES = 3
 SPAN_NS = 60 * 10**9
 HASHED_TOKENS = 512
 SEEDS = (0, 1, 2, 3, 4)
 TENANTS = ("greedy", *(f"tenant-{number}" for number in range(1, 6)), "stranger")
 SHARES = (4, 1, 1, 1, 1, 1, 1)
 NUM_DOCUMENTS = 6
-ARMS: dict[str, tuple[str, dict[str, float]]] = {
-    "fcfs": ("fcfs", {}),
-    "fair_tokens": ("fair_tokens", {}),
-    "fair_prefix, quantum 500": ("fair_prefix", {"quantum_tokens": 500.0}),
-    "fair_prefix, quantum 4096": ("fair_prefix", {}),
-    "fair_prefix, quantum 32768": ("fair_prefix", {"quantum_tokens": 32768.0}),
-    "longest prefix (endless quantum)": ("fair_prefix", {"quantum_tokens": 1e15}),
+ENDLESS = 1e15
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What decides: inside the engines, and between them."""
+
+    order: str
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    dispatch: str = "least_outstanding_tokens"
+    credits: Mapping[str, float] = field(default_factory=dict)
+
+
+ARMS = {
+    "fcfs": Arm("fcfs"),
+    "fair_tokens": Arm("fair_tokens"),
+    "fair_prefix, quantum 500": Arm("fair_prefix", {"quantum_tokens": 500.0}),
+    "fair_prefix, quantum 4096": Arm("fair_prefix"),
+    "fair_prefix, quantum 32768": Arm("fair_prefix", {"quantum_tokens": 32768.0}),
+    "longest prefix (endless quantum)": Arm("fair_prefix", {"quantum_tokens": ENDLESS}),
+}
+FLEET = {
+    "fair_prefix, prefix_by_credit 4096": Arm("fair_prefix", {}, "prefix_by_credit", {"quantum_tokens": 4096.0}),
+    "fair_prefix, prefix_by_credit 32768": Arm("fair_prefix", {}, "prefix_by_credit"),
+    "fair_prefix, longest prefix only": Arm("fair_prefix", {}, "prefix_by_credit", {"quantum_tokens": ENDLESS}),
+    "fair_prefix, prefix_then_load": Arm("fair_prefix", {}, "prefix_then_load"),
+    "fair_prefix, least tokens": Arm("fair_prefix"),
+    "fair_prefix, round_robin": Arm("fair_prefix", {}, "round_robin"),
+    "fair_tokens, prefix_then_load": Arm("fair_tokens", {}, "prefix_then_load"),
+    "longest prefix, round_robin": Arm("fair_prefix", {"quantum_tokens": ENDLESS}, "round_robin"),
 }
 
 
-def arrivals(seed: int) -> Iterator[tuple[Request, int]]:
+def arrivals(seed: int, num_requests: int, is_hot: bool) -> Iterator[tuple[Request, int]]:
     stream = RandomStreams(seed).stream("benchmarks.fair_prefix")
     lengths = {
         (tenant, number): HASHED_TOKENS * stream.integers(4, 21)
@@ -64,13 +91,16 @@ def arrivals(seed: int) -> Iterator[tuple[Request, int]]:
         for number in range(NUM_DOCUMENTS)
     }
     senders = [tenant for tenant, share in zip(TENANTS, SHARES, strict=True) for _ in range(share)]
-    instants = sorted(stream.integers(0, SPAN_NS) for _ in range(NUM_REQUESTS))
+    instants = sorted(stream.integers(0, SPAN_NS) for _ in range(num_requests))
     for number, at in enumerate(instants):
         tenant = stream.choice(senders)
         document = (tenant, min(stream.integers(0, NUM_DOCUMENTS), stream.integers(0, NUM_DOCUMENTS)))
+        is_of_one = is_hot and tenant == "greedy"
+        if is_of_one:
+            document = (tenant, 0)
         num_shared = 0 if tenant == "stranger" else lengths[document]
         num_own = stream.integers(1000, 4001) if tenant == "stranger" else stream.integers(20, 201)
-        num_output = 1 + min(round(stream.exponential(100)), 800)
+        num_output = 1 + min(round(stream.exponential(600 if is_of_one else 100)), 1000)
         yield (
             Request(
                 RequestId(f"r{number:04}"),
@@ -85,13 +115,15 @@ def arrivals(seed: int) -> Iterator[tuple[Request, int]]:
         )
 
 
-def play(order: str, parameters: dict[str, float], seed: int) -> Sequence[RequestRecord]:
+def play(arm: Arm, seed: int, num_instances: int, is_hot: bool) -> Sequence[RequestRecord]:
     profile = load_profile(PROFILE)
     limits = msgspec.structs.replace(profile.instance_limits(), num_blocks=NUM_BLOCKS)
-    stack = StackConfig(order=order, parameters=Parameters(order=dict(parameters), profile=PROFILE))
+    parameters = Parameters(order=dict(arm.parameters), dispatch=dict(arm.credits), profile=PROFILE)
+    stack = StackConfig(order=arm.order, dispatch=arm.dispatch, parameters=parameters)
     options = WorldOptions(step_overhead=Duration(profile.step_overhead()))
-    config = SystemConfig(stack, (InstanceSpec(InstanceId("i0"), limits),), seed)
-    cluster = SimulatedCluster(config, arrivals(seed), profile.predictor(), options)
+    instances = tuple(InstanceSpec(InstanceId(f"i{number}"), limits) for number in range(num_instances))
+    come = arrivals(seed, NUM_REQUESTS * num_instances, is_hot)
+    cluster = SimulatedCluster(SystemConfig(stack, instances, seed), come, profile.predictor(), options)
     cluster.run()
     assert all(each.status == "finished" for each in cluster.records)
     return cluster.records
@@ -130,22 +162,30 @@ def over_seeds(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    is_quick = parser.parse_args().quick
-    began = time.process_time()
+def measure(
+    arms: Mapping[str, Arm], seeds: Sequence[int], num_instances: int, *, is_hot: bool = False
+) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for name, (order, parameters) in ARMS.items():
-        results[name] = found = over_seeds(
-            [judge(play(order, parameters, seed)) for seed in SEEDS[: 1 if is_quick else 5]]
-        )
+    for name, arm in arms.items():
+        results[name] = found = over_seeds([judge(play(arm, seed, num_instances, is_hot)) for seed in seeds])
         mean = {measure: each["mean"] for measure, each in found.items()}
         waits = "  ".join(
             f"{who} ttft {mean[f'ttft_mean_seconds_{who}']:.1f}/{mean[f'ttft_p99_seconds_{who}']:.1f}"
             for who in ("all", "greedy", "others", "stranger")
         )
-        print(f"{name:33} hit {mean['hit_rate']:.3f}  {mean['requests_per_second']:.2f} req/s  {waits}", flush=True)
+        print(f"{name:36} hit {mean['hit_rate']:.3f}  {mean['requests_per_second']:.2f} req/s  {waits}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    is_quick = parser.parse_args().quick
+    began = time.process_time()
+    seeds = SEEDS[:1] if is_quick else SEEDS
+    one = measure(ARMS, seeds, 1)
+    fleet = measure(FLEET, seeds, NUM_INSTANCES)
+    hot = measure(FLEET, seeds, NUM_INSTANCES, is_hot=True)
     if not is_quick:
         provenance = {
             "command": "python benchmarks/fair_prefix.py",
@@ -154,10 +194,12 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "cpu_seconds": round(time.process_time() - began, 1),
-            "seeds": list(SEEDS),
+            "seeds": list(seeds),
             "note": f"simulated; {PROFILE}, {NUM_BLOCKS} blocks of 16 tokens; mean, lowest and highest over the seeds",
         }
-        RESULTS.write_text(json.dumps({"provenance": provenance, "arms": results}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({"provenance": provenance, "one": one, "fleet": fleet, "hot_document": hot}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from rota.base.errors import PolicyError
 from rota.base.instant import Duration, Instant, seconds
 from rota.serving.api import Capability, InOrder, Pool, QueueRules
 from rota.serving.cluster.machine import ClusterMachine
+from rota.serving.cluster.prefix_index import PrefixIndex
 from rota.serving.cluster.queue import RouterQueue
 from rota.serving.model.commands import Abort, Dispatch, Fail, Hold, Reject
 from rota.serving.model.events import (
@@ -222,6 +223,25 @@ def test_weights_hold_at_the_router_too():
     served_by_turns(order, num_rounds=200)
     counters = order.class_of(0).counters
     assert counters[TenantId("a")] == pytest.approx(counters[TenantId("b")], rel=0.05)
+
+
+def test_the_longest_prefix_of_those_who_wait_at_the_router_goes_first():
+    """As far as the router knows what is cached: it goes by what it sent there."""
+    rules = QueueRules(max_outstanding_per_instance=1)
+    machine = ClusterMachine(
+        LeastOutstandingTokens(), BoundedQueue(), queue=rules, order=FairPrefix(), prefix_index=PrefixIndex()
+    )
+    now, here = Instant(10**9), InstanceId("i0")
+    machine.handle(InstanceStarted(InstanceSpec(here, LIMITS)), now)
+    for name, document in (("first", "x"), ("other", "y"), ("same", "x")):
+        hashes = tuple((document, block) for block in range(4))
+        machine.handle(RequestArrived(Request(RequestId(name), now, 64, 50, block_hashes=hashes)), now)
+    order = []
+    for name in ("first", "same"):
+        machine.handle(FirstTokenSeen(RequestId(name), here), now)
+        (went,) = machine.handle(RequestFinished(RequestId(name), here, 5), now)
+        order.append(went.request_id)
+    assert order == ["same", "other"]
 
 
 def test_what_is_counted_in_the_end_is_what_was_served():

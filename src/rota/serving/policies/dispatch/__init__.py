@@ -13,6 +13,7 @@ DISPATCH: Registry = Registry(
         "power_of_two": "rota.serving.policies.dispatch.power_of_two:PowerOfTwo",
         "power_of_two_by_class": "rota.serving.policies.dispatch.power_of_two_by_class:PowerOfTwoByClass",
         "prefill_or_together": "rota.serving.policies.dispatch.prefill_or_together:PrefillOrTogether",
+        "prefix_by_credit": "rota.serving.policies.dispatch.prefix_by_credit:PrefixByCredit",
         "prefix_then_load": "rota.serving.policies.dispatch.prefix_then_load:PrefixThenLoad",
         "round_robin": "rota.serving.policies.dispatch.round_robin:RoundRobin",
         "virtual_usage": "rota.serving.policies.dispatch.virtual_usage:VirtualUsage",
