@@ -139,9 +139,12 @@ def test_the_longest_cached_prefix_goes_first():
 
 
 def test_what_is_being_computed_counts_as_it_is_filled():
-    """The prompt takes four steps. Who shares it waits for a slot meanwhile, and none of it was cached when it came."""
-    jobs = [job("first", document="x", prompt=64), job("none", at=1), job("same", at=2, document="x", prompt=64)]
-    assert admitted(jobs, fair_prefix(), max_num_batched_tokens=16, max_num_seqs=1) == ["first", "same", "none"]
+    """`long` takes four steps. Of what `same` shares with it a part was cached when it came, and in the end it is more
+    than what `other` finds, which came before it."""
+    jobs = [job("first", document="y", prompt=48), job("long", at=1, document="x", prompt=64, priority=-1)]
+    jobs += [job("other", at=2, document="y", prompt=48), job("same", at=7_500_000, document="x", prompt=64)]
+    chunks = {"max_num_seqs": 1, "max_num_batched_tokens": 24, "long_prefill_token_threshold": 16}
+    assert admitted(jobs, Watched(quantum_tokens=1e15), **chunks) == ["first", "long", "same", "other"]
 
 
 def test_the_turn_goes_on_when_the_credit_is_spent():

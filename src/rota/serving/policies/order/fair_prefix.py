@@ -365,12 +365,10 @@ class _Class:
             if line.top() is None:
                 heapq.heappop(parked)
                 line.is_parked = False
-            elif spent < line.spent:
-                heapq.heapreplace(parked, (line.spent, line.tenant, line))
             elif spent < self.level:
                 heapq.heappop(parked)
                 line.is_parked = False
-                self._announce(line, line.heap[0])
+                self._announce(line, line.heap[0])  # Who has spent more since is parked again.
             elif self.heads:
                 return True
             else:
