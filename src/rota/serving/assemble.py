@@ -13,6 +13,7 @@ from rota.base.machine import Machine
 from rota.base.random_streams import RandomStreams
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.prefix_index import PrefixIndex
+from rota.serving.instance.host_memory import HostMemory
 from rota.serving.instance.machine import InstanceMachine
 from rota.serving.model.commands import ClusterCommand, InstanceCommand
 from rota.serving.model.events import ClusterEvent, InstanceEvent
@@ -87,7 +88,9 @@ def build(config: SystemConfig, lengths: LengthServices = LIVE) -> System:
 
 def refuse_roles(stack: StackConfig, instances: Sequence[InstanceSpec]) -> None:
     """Raise `ConfigError` where instances have roles that the stack's dispatch policy does not look at, or that its
-    scaling policy could not tell apart."""
+    scaling policy could not tell apart; or where requests would leave an engine that swaps."""
+    if stack.swap:
+        refuse_moves(stack, instances, "an engine that swaps")
     given = next((spec for spec in instances if spec.role is not Role.MIXED), None)
     if given is not None and stack.scaling != "none":
         raise ConfigError(
@@ -111,7 +114,7 @@ def refuse_moves(stack: StackConfig, instances: Sequence[InstanceSpec], engine: 
         policy = f"dispatch policy {stack.dispatch!r}" if has_roles else f"migration policy {stack.migration!r}"
         raise ConfigError(
             f"{engine} cannot let requests go, as {policy} would",
-            hint="simulate roles and migrations with the model engine",
+            hint="simulate roles and migrations with the model engine, without [swap]",
         )
 
 
@@ -133,4 +136,5 @@ def build_cluster(stack: StackConfig, seed: int) -> ClusterMachine:
 def build_instance(stack: StackConfig, spec: InstanceSpec, lengths: LengthServices = LIVE) -> InstanceMachine:
     """One engine's machine with policies of its own. `lengths` is what its host knows of output lengths."""
     policies = engine_policies(stack, spec.capabilities, f"instance {spec.id}", lengths)
-    return InstanceMachine(spec.limits, order=policies.order, batch=policies.batch, memory=policies.memory)
+    host = HostMemory(stack.swap.host_blocks, reuse=stack.swap.reuse) if stack.swap else None
+    return InstanceMachine(spec.limits, order=policies.order, batch=policies.batch, memory=policies.memory, host=host)

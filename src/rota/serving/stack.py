@@ -27,6 +27,7 @@ from rota.base.registry import Registry
 from rota.serving.api import (
     AdmissionPolicy,
     BatchPolicy,
+    Capability,
     DispatchPolicy,
     EngineCapabilities,
     FleetRules,
@@ -38,6 +39,7 @@ from rota.serving.api import (
     Request,
     ScalingPolicy,
 )
+from rota.serving.model.swapping import SwapRules
 from rota.serving.policies.admission import ADMISSION
 from rota.serving.policies.batch import BATCH
 from rota.serving.policies.dispatch import DISPATCH
@@ -94,6 +96,8 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How much an instance is given at once, and how the rest waits at the router: in the order of `order`."""
     demand: str = "holt_winters"
     """What a scaling policy that forecasts is given to forecast with."""
+    swap: SwapRules | msgspec.UnsetType = msgspec.UNSET
+    """Host memory that preempted requests are swapped to; unless said, they are computed again."""
     length: str | msgspec.UnsetType = msgspec.UNSET
     """What an order that goes by output length is given to predict it with; `history` unless said."""
     quick_length: str | msgspec.UnsetType = msgspec.UNSET
@@ -151,6 +155,11 @@ def engine_policies(
         batch=_create("batch", config, {}),
         memory=_create("memory", config, {}),
     )
+    if config.swap and Capability.SWAP not in capabilities:
+        raise CapabilityError(
+            f"the stack swaps to host memory, which {engine} cannot be told",
+            hint="leave [swap] out; only simulated engines of kind model have it",
+        )
     for kind, policy in (("order", policies.order), ("batch", policies.batch), ("memory", policies.memory)):
         refuse_missing(kind, getattr(config, kind), policy.requires, capabilities, engine)
     return policies

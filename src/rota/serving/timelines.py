@@ -102,7 +102,7 @@ class Residents:
                 self.requests[request.id] = request
                 self.running[request.id] = None
                 changes.append(Change("adopted", request.id))
-            case SequenceResumed(request_id) if request_id in self.requests:
+            case SequenceResumed(request_id) if request_id in self.running:
                 changes.append(Change("resumed", request_id))
             case SequenceLeft(request_id):
                 self._leave(request_id, Change("left", request_id), changes)

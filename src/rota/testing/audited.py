@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant
+from rota.serving.instance.host_memory import HostMemory
 from rota.serving.instance.machine import InstanceMachine
-from rota.serving.model.commands import InstanceCommand, RunStep, SequenceStopped
+from rota.serving.model.commands import InstanceCommand, RunStep, SequenceStopped, SwapIn
 from rota.serving.model.events import (
     InstanceEvent,
     SequenceAborted,
@@ -24,15 +25,20 @@ class AuditedInstance(InstanceMachine):
     """The real machine with a second account of every sequence: its tokens as its commands alone tell them (law 2), its
     share of every step (law 4), and all that the machine checks itself, after every event."""
 
-    def __init__(self, limits: InstanceLimits, policies: EnginePolicies, *, steady: bool = True) -> None:
+    def __init__(
+        self, limits: InstanceLimits, policies: EnginePolicies, *, steady: bool = True, host: HostMemory | None = None
+    ) -> None:
         super().__init__(
             limits,
             order=policies.order,
             batch=policies.batch,
             memory=policies.memory,
             steady=steady,
+            host=host,
         )
         self._accounts: dict[RequestId, _Account] = {}
+        self._back: set[RequestId] = set()
+        """Who is on the way back from host memory, and whose preemption is yet to be told."""
         self._last_step: RunStep | None = None
         self.num_output_tokens: dict[RequestId, int] = {}
         """Of the sequences that have finished."""
@@ -43,6 +49,7 @@ class AuditedInstance(InstanceMachine):
         commands = super().handle(event, now)
         if isinstance(event, SequenceAborted):
             self._accounts.pop(event.request_id, None)
+            self._back.discard(event.request_id)
         elif isinstance(event, SequenceArrived) and self.sequence(event.request.id) is not None:
             self._accounts[event.request.id] = _Account(event.request.num_prompt_tokens, event.num_output_tokens)
         else:
@@ -50,6 +57,8 @@ class AuditedInstance(InstanceMachine):
         for command in commands:
             if isinstance(command, SequenceStopped):
                 self._count_stop(command)
+            elif isinstance(command, SwapIn):
+                self._count_swap_in(command)
             elif isinstance(command, RunStep):
                 self._count_step(command)
                 self._last_step = command
@@ -85,6 +94,18 @@ class AuditedInstance(InstanceMachine):
             raise LawBroken(f"law 2: {command}, and by the commands it has {account.num_computed}/{account.num_tokens}")
         account.is_resting, account.is_running = True, False
 
+    def _count_swap_in(self, command: SwapIn) -> None:
+        account, sequence = self._accounts[command.request_id], self.sequence(command.request_id)
+        if sequence is None or account.is_resting or sequence.state != "resting":
+            raise LawBroken(f"law 2: {command} for one that was not waiting")
+        if account.is_running:  # it was preempted in a pass that ordered no step, which is told with the next step
+            self._back.add(command.request_id)
+            account.is_running = False
+        account.num_computed = sequence.num_computed_tokens
+        if not command.num_blocks or not 0 < account.num_computed < account.num_tokens:
+            raise LawBroken(f"law 2: {command} for {account.num_computed} of {account.num_tokens} tokens")
+        account.is_resting = True
+
     def _count_finished_step(self, event: StepFinished) -> None:
         step, self._last_step = self._last_step, None
         if step is None:
@@ -102,6 +123,9 @@ class AuditedInstance(InstanceMachine):
             account = self._accounts.get(request_id)
             if account is None:
                 raise LawBroken(f"law 2: {request_id} was preempted, and is not here")
+            if request_id in self._back:
+                self._back.remove(request_id)
+                continue
             account.is_running, account.num_computed = False, 0
         granted = [request_id for request_id, _ in step.grants]
         if len(set(granted)) != len(granted):

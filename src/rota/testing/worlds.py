@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Duration, Instant, after, seconds
@@ -17,13 +18,16 @@ from rota.base.journal import Row
 from rota.base.random_streams import RandomStreams
 from rota.runtime.simulation import SimulationLoop
 from rota.serving.api import Capability, EngineView, StepTimePredictor
+from rota.serving.instance.host_memory import HostMemory
 from rota.serving.instance.machine import InstanceStatistics
-from rota.serving.model.commands import RunStep
+from rota.serving.model.commands import InstanceCommand, RunStep
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.model.request import Request, RequestId, TenantId
+from rota.serving.model.swapping import SwapRules
 from rota.serving.sim.ground_truth import GroundTruth
 from rota.serving.sim.instance import RANK_ARRIVAL, SequenceState, SimulatedInstance
-from rota.serving.stack import EnginePolicies
+from rota.serving.sim.swap import with_swap
+from rota.serving.stack import EnginePolicies, StackConfig
 from rota.testing.audited import AuditedInstance
 
 RANK_CLIENT_LEAVES = 2
@@ -171,21 +175,27 @@ def play(
     steady: bool = True,
     step_time: StepTimePredictor | None = None,
     start: Instant = Instant(0),
+    swap: SwapRules | None = None,
 ) -> Played:
     """Play a workload, which begins at `start`, to its end through the instance machine with these policies.
 
     `leap` False takes every step by itself, `steady` False has the batch policy compose every step; the rows are the
-    same.
+    same. With `swap` whoever is preempted is swapped to host memory.
     Raises `LawBroken` at the first row after which a law of the machine does not hold, at the end if a request did not
     end exactly once with its true length or a block is still held, and when the policies go round in circles;
     `StarvationError` when nobody would ever be served again.
     """
-    machine = AuditedInstance(workload.limits, policies, steady=steady)
+    host = HostMemory(swap.host_blocks, reuse=swap.reuse) if swap else None
+    machine = AuditedInstance(workload.limits, policies, steady=steady, host=host)
     watch = _Watch(machine, start, _num_rows_max(workload))
     loop = SimulationLoop(start, observers=[watch])
     truth = GroundTruth()
     spec = InstanceSpec(InstanceId("i0"), workload.limits)
-    instance = SimulatedInstance(loop, spec, machine, step_time or Pace(), truth, watch, leap=leap)
+    stack = StackConfig(swap=swap or UNSET)
+    journeys, thinking = with_swap(stack, loop, machine, spec, _AtHome(), None)
+    instance = SimulatedInstance(
+        loop, spec, machine, step_time or Pace(), truth, watch, leap=leap, journeys=journeys, thinking=thinking
+    )
     for job in workload.jobs:
         _schedule(loop, instance, truth, watch, job, start)
     loop.run()
@@ -197,6 +207,13 @@ def play(
         num_held = workload.limits.num_blocks - statistics.num_free_blocks
         raise LawBroken(f"law 3: {num_held} blocks are held when everything has ended")
     return Played(watch.ends, watch.first_token_at, watch.rows, statistics)
+
+
+class _AtHome:
+    """Nobody moves to another instance."""
+
+    def on_answer(self, instance: SimulatedInstance, command: InstanceCommand, now: Instant) -> None: ...
+    def on_returned(self, instance_id: InstanceId, request_id: RequestId, at: Instant) -> None: ...
 
 
 def check_same_again(workload: Workload, policies: Callable[[], EnginePolicies]) -> Played:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from rota.base.errors import PolicyError
 from rota.serving.api import NOTHING, EngineView, MemoryPolicy, OrderPolicy, Refusal, SequenceView, VictimOrder
 from rota.serving.instance.displacement import choose_displaced, choose_short
-from rota.serving.instance.ledger import BlockLedger
+from rota.serving.instance.ledger import BlockLedger, Hit
 from rota.serving.instance.sequence import Sequence, own
 from rota.serving.model.commands import REASONS_MAX, Reason
 from rota.serving.model.request import RequestId
@@ -46,6 +46,8 @@ class StepDraft:
         self.grants: list[Sequence] = []
         """In batch order; each carries its `granted` tokens."""
         self.admitted: list[Sequence] = []
+        self.swapped_in: list[tuple[Sequence, int]] = []
+        """Who got room for its copy in host memory, and how many blocks of it must be copied."""
         self.preempted: list[Sequence] = []
         """In the order in which it happened, displaced ones first."""
         self.reasons: list[Reason] = []
@@ -181,6 +183,21 @@ class StepDraft:
         self.num_preempted += 1
         self._note(sequence.id, "preempted", f"{Refusal.NO_MEMORY.value} for {needy.id}")
 
+    def _swap_in(self, sequence: Sequence, hit: Hit, num_kept: int, num_running: int) -> Refusal:
+        """Give a sequence room for its copy in host memory; it gets no tokens before the copy is there."""
+        limits, ledger = self.view.limits, self._ledger
+        must_fit = sequence.num_tokens if limits.reserve_full_prompt else num_kept + 1
+        headroom = limits.watermark_blocks if num_running else 0
+        # A block for each that is on its way back, without which they could swap each other out by turns, for ever.
+        headroom += len(self.view.moving.resting) + len(self.swapped_in)
+        if ledger.num_to_take(sequence, hit, must_fit) + headroom > ledger.num_available:
+            return Refusal.NO_MEMORY
+        # Its blocks can be found by others once they are computed or copied, not before: the next grant says so.
+        ledger.admit(sequence, hit, num_kept)
+        sequence.num_computed_tokens = num_kept
+        self.swapped_in.append((sequence, num_kept // self._block_size - hit.num_blocks))
+        return Refusal.NOT_PENDING
+
     def _note(self, request_id: RequestId, choice: Literal["refused", "preempted", "displaced"], why: str) -> None:
         reason = Reason(request_id, choice, why)
         if len(self.reasons) < REASONS_MAX and reason not in self.reasons:
@@ -191,7 +208,7 @@ class StepDraft:
             return Refusal.NO_BUDGET
         view = self.view
         limits = view.limits
-        num_running = len(view.running) - self.num_preempted + len(self.admitted)
+        num_running = len(view.running) - self.num_preempted + len(self.admitted) + len(self.swapped_in)
         if num_running + view.moving.num_slots >= limits.max_num_seqs:
             return Refusal.NO_SLOT
         if self.num_preempted and sequence in self.preempted:
@@ -201,6 +218,9 @@ class StepDraft:
         ledger = self._ledger
         hit = ledger.lookup(sequence, sequence.num_tokens)
         cached = hit.num_blocks * self._block_size
+        kept = 0 if view.host is None else view.host.num_kept(sequence.id) * self._block_size
+        if kept > cached:
+            return self._swap_in(sequence, hit, kept, num_running)
         num_tokens = min(num_tokens, sequence.num_tokens - cached, self.token_budget)
         if 0 < self._chunk_max < num_tokens:
             num_tokens = self._chunk_max

@@ -11,11 +11,22 @@ from rota.serving.api import BatchPolicy, MemoryPolicy, OrderPolicy, Refusal, Se
 from rota.serving.instance.composition import StepComposition
 from rota.serving.instance.decodes import DecodeGroup
 from rota.serving.instance.draft import StepDraft
+from rota.serving.instance.host_memory import HostMemory
 from rota.serving.instance.ledger import BlockLedger
 from rota.serving.instance.moving import Moving, MovingEvent, in_order_of_admission
 from rota.serving.instance.sequence import Sequence, own
 from rota.serving.instance.steady import SteadyPass
-from rota.serving.model.commands import EVERYBODY, REASONS_MAX, Grant, InstanceCommand, Reason, RejectSequence, RunStep
+from rota.serving.model.commands import (
+    EVERYBODY,
+    REASONS_MAX,
+    Grant,
+    InstanceCommand,
+    Reason,
+    RejectSequence,
+    RunStep,
+    SwapIn,
+    SwapOut,
+)
 from rota.serving.model.events import InstanceEvent, SequenceAborted, SequenceArrived, StepFinished
 from rota.serving.model.instance import WAITING_REPORTED_MAX, InstanceLimits, SequenceReport
 from rota.serving.model.request import Request, RequestId
@@ -62,9 +73,10 @@ class InstanceMachine:
         batch: BatchPolicy,
         memory: MemoryPolicy,
         steady: bool = True,
+        host: HostMemory | None = None,
     ) -> None:
-        """`steady` False composes every step sequence by sequence: for tests, which hold the two ways against each
-        other."""
+        """With `host`, whoever is preempted is swapped to it, and comes back from there by `SwapIn`. `steady` False
+        composes every step sequence by sequence: for tests, which hold the two ways against each other."""
         self.limits = limits
         self.now = Instant(0)
         self.running: list[Sequence] = []
@@ -85,10 +97,13 @@ class InstanceMachine:
         """Running sequences that are not in the group, in order of admission."""
         self.composition = StepComposition()
         """What the step in flight holds in sum, for the world that must time it."""
-        self._steady = SteadyPass.of(self, self._ledger, self._group, order, batch) if steady else None
+        self._steady = SteadyPass.of(self, self._ledger, self._group, order, batch) if steady and not host else None
         self.moving = Moving(self, self._ledger)
         self._unsaid: tuple[tuple[RequestId, ...], tuple[Reason, ...]] = ((), ())
         """Who was preempted, and why, since the last command, in passes that ordered no step."""
+        self.host = host
+        self._swaps: list[InstanceCommand] = []
+        """What is to be copied, since the last command."""
         self._step_id = 0
         self._admissions = 0
         self._num_steps = 0
@@ -149,6 +164,8 @@ class InstanceMachine:
     def check(self) -> None:
         """Audit the blocks and the queues (laws 1, 3 and 4)."""
         moving = self.moving
+        if self.host is not None:
+            self.host.check(set(self._sequences))
         self._ledger.audit([*self._sequences.values(), *moving.rooms.values()])
         if len(self.running) + len(self.waiting) + len(moving.resting) != len(self._sequences):
             raise LawBroken(
@@ -223,6 +240,8 @@ class InstanceMachine:
         if sequence is None:
             return []
         self._unsettle()
+        if self.host is not None:
+            self.host.forget(request_id)
         if sequence.state == "running":
             self._stop(sequence)
         elif sequence.state != "resting":
@@ -252,6 +271,8 @@ class InstanceMachine:
                 raise LawBroken(f"law 2: {sequence!r} was said to have ended, but has no token to end with")
             self._stop(sequence)
             sequence.move("finished")
+            if self.host is not None:
+                self.host.forget(sequence.id)
             del sequences[request_id]
             if self._on_end is not None:
                 self._on_end(sequence.request, sequence.num_output_tokens)
@@ -304,6 +325,10 @@ class InstanceMachine:
 
     def step_back(self, sequence: Sequence) -> None:
         """Put a preempted sequence, whose blocks are released, back at the front of the queue."""
+        if self.host is not None:
+            num_full = sequence.num_computed_tokens // self.limits.block_size
+            if num_new := self.host.keep(sequence.id, num_full):
+                self._swaps.append(SwapOut(sequence.id, num_new, num_full - num_new))
         self.running.remove(sequence)
         self.apart.remove(sequence)
         sequence.move("preempted")
@@ -313,6 +338,13 @@ class InstanceMachine:
         self.waiting.prepend(sequence)
 
     def _plan(self) -> SequenceOf[InstanceCommand]:
+        commands = self._next_step()
+        if self._swaps:
+            swaps, self._swaps = self._swaps, []
+            return [*swaps, *commands]
+        return commands
+
+    def _next_step(self) -> SequenceOf[InstanceCommand]:
         if not self.running and not len(self.waiting):
             return ()
         if self._steady is not None and not self._unsaid[0]:
@@ -348,6 +380,8 @@ class InstanceMachine:
                 if sequence.state == "running":
                     self.step_back(sequence)
             self.admit(draft.admitted)
+            for sequence, num_copied in draft.swapped_in:
+                self._swap_in(sequence, num_copied)
             self._group.plan()
             step = self.composition = StepComposition()
             for sequence in draft.grants:
@@ -375,7 +409,7 @@ class InstanceMachine:
         self._ledger.rollback()
         for sequence in draft.grants:
             sequence.granted = 0
-        for sequence in draft.admitted:
+        for sequence in [*draft.admitted, *(sequence for sequence, _ in draft.swapped_in)]:
             sequence.num_computed_tokens = 0
         if any(sequence.state == "preempted" for sequence in draft.preempted):
             raise PolicyError(
@@ -392,10 +426,24 @@ class InstanceMachine:
             self._admissions += 1
             self.running.append(sequence)
             self.apart.append(sequence)
+            if self.host is not None:
+                self.host.came_back(sequence.id)
             if first:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
                 self._num_cached_tokens += sequence.num_computed_tokens
                 self._num_prompt_tokens += sequence.num_prompt_tokens
+
+    def _swap_in(self, sequence: Sequence, num_copied: int) -> None:
+        """Have a sequence that has room for its copy wait until it is there."""
+        assert self.host is not None
+        self.host.came_back(sequence.id)
+        self.waiting.remove(sequence)
+        sequence.move("admitted")
+        sequence.admitted_seq = self._admissions
+        self._admissions += 1
+        sequence.move("stopped")
+        self.moving.resting[sequence.id] = sequence
+        self._swaps.append(SwapIn(sequence.id, num_copied))
 
     def _command(
         self,

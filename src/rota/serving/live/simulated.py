@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from rota.base.errors import EngineError, LawBroken
+from rota.base.errors import CapabilityError, EngineError, LawBroken
 from rota.base.instant import Duration, Instant, to_seconds
 from rota.base.random_streams import RandomStreams, Stream
 from rota.runtime.live import LiveLoop
@@ -331,7 +331,13 @@ def simulated_engines(
     model: str = "simulated",
     step_overhead: Duration = Duration(0),
 ) -> list[SimulatedEngine]:
-    """One simulated engine for each instance that the system was configured with."""
+    """One simulated engine for each instance that the system was configured with. Raises `CapabilityError` for a stack
+    that swaps: there is no host memory beside a clock that nobody turns."""
+    if config.stack.swap:
+        raise CapabilityError(
+            "the stack swaps to host memory, which engines in real time cannot be told",
+            hint="leave [swap] out, or use `rota simulate`",
+        )
     streams = RandomStreams(config.seed)
     return [
         SimulatedEngine(

@@ -29,6 +29,8 @@ class Capability(StrEnum):
     """Choose freely whom to preempt when memory runs out, ahead of the step that lacks it."""
     PREFIX_CACHE = "prefix_cache"
     """Share the blocks of equal prefixes."""
+    SWAP = "swap"
+    """Keep the blocks of a preempted request in host memory."""
     RESUME_FROM_TOKENS = "resume_from_tokens"
     """Go on with a request whose first output tokens came from elsewhere, by computing them anew (replay)."""
     HAND_OVER_KV = "hand_over_kv"

@@ -52,6 +52,24 @@ REASONS_MAX = 16
 """A step that passes over a long queue explains the first so many."""
 
 
+class SwapOut(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Copy so many blocks of a preempted sequence to host memory. The steps after it may overwrite them once they are
+    there."""
+
+    request_id: RequestId
+    num_blocks: int
+    num_valid: int = 0
+    """Blocks before these of which there was a copy already."""
+
+
+class SwapIn(msgspec.Struct, frozen=True, tag=True):
+    """Copy so many blocks of a sequence back, into blocks that it holds. It rests until the world says
+    `SequenceResumed`."""
+
+    request_id: RequestId
+    num_blocks: int
+
+
 class RejectSequence(msgspec.Struct, frozen=True, tag=True):
     """This request can never run here."""
 
@@ -87,7 +105,7 @@ class StopRefused(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-InstanceCommand = RunStep | RejectSequence | RoomKept | RoomRefused | SequenceStopped | StopRefused
+InstanceCommand = RunStep | SwapOut | SwapIn | RejectSequence | RoomKept | RoomRefused | SequenceStopped | StopRefused
 
 # --- from the cluster ------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ from rota.serving.sim.migration import Hooks, Moves, Transfer
 from rota.serving.sim.open_request import OpenRequest
 from rota.serving.sim.predictions import Predictions
 from rota.serving.sim.samples import Sampler
+from rota.serving.sim.swap import with_swap
 from rota.serving.stack import LengthServices, engine_policies
 
 EngineKind = Literal["model", "vllm"]
@@ -61,8 +62,7 @@ EngineKind = Literal["model", "vllm"]
 Followers = Callable[[RequestId, Instant], Iterable[tuple[Request, int]]]
 """Requests, with their true output lengths, that come because one has ended, not before that instant."""
 
-RANK_REPORT = 2
-RANK_FAULT = 3
+RANK_REPORT, RANK_FAULT = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +359,8 @@ class SimulatedCluster:
     def _start_instance(self, spec: InstanceSpec) -> None:
         predictions = self.predictions.at(spec.limits)
         machine = self._build_machine(spec, predictions.services)
+        thinking = predictions.take_due if predictions.is_used else None
+        journeys, waited = with_swap(self.config.stack, self.loop, machine, spec, self, thinking)
         self._instances[spec.id] = SimulatedInstance(
             self.loop,
             spec,
@@ -370,8 +372,8 @@ class SimulatedCluster:
             incarnation=self._incarnations[spec.id],
             leap=self._options.leap,
             rank=self._ranks[spec.id],
-            journeys=self,
-            thinking=predictions.take_due if predictions.is_used else None,
+            journeys=journeys,
+            thinking=waited,
             tells_of_sequences=self.cluster.reads_sequences,
         )
         self.loop.deliver(CLUSTER, InstanceStarted(spec))
@@ -401,8 +403,7 @@ class SimulatedCluster:
     def _build_machine(self, spec: InstanceSpec, lengths: LengthServices) -> SimulatedMachine:
         if self._engine == "model":
             return build_instance(self.config.stack, spec, lengths)
-        # vLLM is an optional dependency, and heavy to import.
-        from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES
+        from rota.serving.engines.vllm.hosting import VLLM_CAPABILITIES  # an optional dependency, heavy to import
         from rota.serving.sim.vllm_machine import VllmMachine
 
         return VllmMachine(spec.limits, engine_policies(self.config.stack, VLLM_CAPABILITIES, "vLLM 0.32", lengths))
