@@ -5,8 +5,9 @@
 The policies run on the router's own views, in its own machine, with reports that tell of every sequence. A `pick` is
 the call of the dispatch policy, an `arrival` the machine's whole answer, admission and accounting included; there is
 one report for each, as at one request a second for each instance, which reports every second. Policies that look at
-roles are also asked in a fleet of three of them, and where a request decodes. A `round` of migration is
-the call of the policy, which comes every 0.05 s: a `live` one, where a twentieth of the instances has reported since
+roles are also asked in a fleet of three of them, and where a request decodes. An `admit` is the call of
+`deadline_admission` for a prompt of 32,000 tokens, with eight of them waiting at each instance. A `round` of migration
+is the call of the policy, which comes every 0.05 s: a `live` one, where a twentieth of the instances has reported since
 the last, and a `fresh` one, where all have, which is the worst there is. One instance in sixteen is short of memory,
 with a head that does not fit, so that there is something to plan; nothing comes of any move, so that there is as much
 to plan in each round.
@@ -40,15 +41,19 @@ from rota.serving.model.events import (
 )
 from rota.serving.model.instance import InstanceLimits, InstanceReport, InstanceSpec, Role
 from rota.serving.policies.admission.bounded_queue import BoundedQueue
+from rota.serving.policies.admission.deadline_admission import DeadlineAdmission
 from rota.serving.policies.dispatch import DISPATCH
+from rota.serving.policies.dispatch.least_outstanding_tokens import LeastOutstandingTokens
 from rota.serving.policies.dispatch.round_robin import RoundRobin
 from rota.serving.policies.migration import MIGRATION
+from rota.serving.predictors.step_time.profiles import load_profile
 
 DISPATCH_TARGET_MS = 0.1
 MIGRATION_TARGET_MS = 5.0
 NUM_BLOCKS = 3000
 BLOCK_SIZE = 16
 NUM_DISPATCHES = 500
+NUM_LONG_PROMPT_TOKENS = 32_000
 ALIKE = (Role.MIXED,)
 OF_THREE_ROLES = (Role.PREFILL, Role.DECODE, Role.MIXED)
 NUM_MIGRATION_ROUNDS = 10
@@ -162,6 +167,25 @@ def dispatch_costs(
     return found | {"pick_decode": decode_costs} if decode_costs else found
 
 
+def admission_costs(num_instances: int) -> list[float]:
+    """One round: what `deadline_admission` takes to promise or refuse, where eight prompts wait at each instance."""
+    policy = DeadlineAdmission(step_time=load_profile("llama-3.1-8b-a100").predictor(), ttft_seconds=6000.0)
+    machine = ClusterMachine(LeastOutstandingTokens(), policy)
+    limits = InstanceLimits(num_blocks=60_000, block_size=BLOCK_SIZE)
+    for number in range(num_instances):
+        machine.handle(InstanceStarted(InstanceSpec(InstanceId(f"i{number:04}"), limits)), Instant(0))
+    costs = []
+    for number in range(8 * num_instances + NUM_DISPATCHES):
+        request = Request(RequestId(f"r{number}"), Instant(number), NUM_LONG_PROMPT_TOKENS, 300)
+        cluster = ClusterReading(Instant(number), machine.instance_views())
+        if number >= 8 * num_instances:
+            costs.append(cost_ms(partial(policy.admit, request, cluster, number)))
+            policy.request_ended(request, None)
+        else:
+            machine.handle(RequestArrived(request), Instant(number))
+    return costs
+
+
 def migration_costs(name: str, num_instances: int, num_running: int) -> dict[str, list[float]]:
     """One round: calls of the policy, each with nothing under way."""
     fleet = Fleet(num_instances, num_running, RoundRobin())
@@ -213,6 +237,8 @@ def main() -> None:
                 for what in measured[0]:
                     rounds = [each[what] for each in measured]
                     results[f"{what} {label} {num_instances}"] = row(rounds, DISPATCH_TARGET_MS)
+        promised = [admission_costs(num_instances) for _ in range(arguments.rounds)]
+        results[f"admit deadline_admission {num_instances}"] = row(promised, DISPATCH_TARGET_MS)
         for name in MIGRATION.names():
             measured = [migration_costs(name, num_instances, arguments.num_running) for _ in range(arguments.rounds)]
             for how in ("live", "fresh"):
