@@ -48,7 +48,7 @@ class Plainly:
         return InOrder(sorted(view.running, key=lambda one: (one.priority, fixed.get(one.id) or self._order.rank(one))))
 
 
-def plainly_displaced(view, order, memory, *, token_budget, num_blocks_to_take, num_blocks_freed, num_slots_aside=0):
+def plainly_displaced(view, order, memory, *, token_budget, num_blocks_to_take, num_slots_aside=0):
     """`choose_displaced`, counting first and asking then."""
     limits = view.limits
     chunk_max = min(limits.long_prefill_token_threshold or token_budget, token_budget)
@@ -63,7 +63,7 @@ def plainly_displaced(view, order, memory, *, token_budget, num_blocks_to_take, 
         starters.append(waiting)
         leaving = list(victims)
         while True:
-            num_freed = num_blocks_freed(leaving)
+            num_freed = view.num_blocks_freed(leaving)
             num_taken = sum(num_blocks_to_take(one, leaving) for one in starters)
             given = [one for one in leaving if one not in victims]
             num_free_tokens = num_tokens + sum(min(one.num_pending_tokens, chunk_max) for one in given)
