@@ -6,7 +6,7 @@ import pytest
 
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, Instant
-from rota.serving.api import SLO
+from rota.serving.api import SLO, Pool
 from rota.serving.model.instance import InstanceLimits
 from rota.serving.model.request import ProgramId, Request, RequestId
 from rota.serving.policies.batch.vllm_default import VllmDefault
@@ -118,6 +118,24 @@ def test_nobody_is_displaced_more_often_than_was_said():
 
     assert num_displaced(3) == 3
     assert num_displaced(1000) > 4
+
+
+class NobodyWhoRunsIsIdle(ShortestPredictedFirst):
+    """Looks itself over whenever it says who runs."""
+
+    def open(self, view, pool):
+        cursor = super().open(view, pool)
+        if pool is Pool.RUNNING:
+            for one in view.running:
+                assert one.id not in self._idling._since, f"{one.id} runs, and counts as starving"
+                assert self._fixed.get(one.id, self.rank(one)) == self.rank(one), f"{one.id} runs with an old rank"
+        return cursor
+
+
+def test_whoever_is_displaced_and_runs_again_by_the_next_step_does_not_starve():
+    jobs = [*(job(f"r{number}", 1) for number in range(5)), job("long prompt", 1, prompt=12), job("last", 1)]
+    order = NobodyWhoRunsIsIdle(lengths=DECLARED, starvation_steps=5, promoted_tokens=2, bucket_tokens=2)
+    assert len(ended(jobs, order, num_blocks=5, max_num_seqs=2, max_num_batched_tokens=3)) == 7
 
 
 # --- least attained service -------------------------------------------------------------------------------------------

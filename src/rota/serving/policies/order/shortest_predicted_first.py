@@ -95,6 +95,7 @@ class ShortestPredictedFirst(RankedOrder):
         self.forget_rank(sequence.id)
         if self._starvation_steps and rank[0] == 2:
             self._idling.begin(sequence, self._num_looks)
+            self._seen = []  # It may run again by the next look, in the same place as before.
 
     def request_ended(self, request: Any, num_output_tokens: int | None) -> None:
         self.forget_rank(request.id)
