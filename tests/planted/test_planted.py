@@ -30,8 +30,8 @@ BUGS = {
     ),
     "victims are taken from the end of admission, not of the line": (
         "instance/displacement.py",
-        "    line = _line(view, order, running)",
-        "    line = running",
+        "    line = _line(view, order, running)\n    # Whoever",
+        "    line = running\n    # Whoever",
         CASES,
     ),
     "blocks that a starter shares with the leaving are counted free": (
@@ -54,7 +54,7 @@ BUGS = {
     ),
     "a block just shared loses its filler": (
         "instance/draft.py",
-        " and not (self.admitted and _own(sequence).granted)",
+        " and not (self.admitted and own(sequence).granted)",
         "",
         CASES,
     ),
@@ -102,8 +102,8 @@ BUGS = {
     ),
     "the last token needs a cache that was never computed": (
         "instance/ledger.py",
-        "limit = (num_tokens - 1) // self.block_size",
-        "limit = num_tokens // self.block_size",
+        "limit = (num_tokens - 1) // self.block_size\n        last",
+        "limit = num_tokens // self.block_size\n        last",
         BY_HAND,
     ),
     "a dead engine keeps its blocks": (

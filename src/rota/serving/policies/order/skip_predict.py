@@ -45,10 +45,11 @@ class SkipPredict(RankedOrder):
     def rank(self, sequence: SequenceView) -> Rank:
         if sequence.num_preemptions >= self._preempted_at_most:
             return (0, sequence.arrived_at)
+        request = sequence.request
         try:
-            predicted = self._predicted[sequence.id]
+            predicted = self._predicted[request.id]
         except KeyError:
-            predicted = self._predict(sequence.request)
+            predicted = self._predict(request)
         if predicted is None:
             return (1, 0)
         left = predicted - sequence.num_output_tokens
