@@ -42,6 +42,8 @@ SPOOFS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str]] = {
     "another tenant": (ALICE, (f"{TENANT}: bob",), {}, TENANT),
     "another tenant in the body": (ALICE, (), {"vllm_xargs": {"tenant": "bob"}}, "vllm_xargs.tenant"),
     "no tenant in the body": (ALICE, (), {"vllm_xargs": {"tenant": None}}, "vllm_xargs.tenant"),
+    "to have waited": (ALICE, (), {"vllm_xargs": {"waited_ms": 86_400_000}}, "vllm_xargs.waited_ms"),
+    "a text that is another": (ALICE, (), {"vllm_xargs": {"text_counts": [1] * 13}}, "vllm_xargs.text_counts"),
     "a class above the ceiling": (ALICE, (), {"priority": -6}, "priority"),
     "a class above the default ceiling": (BOB, (), {"priority": -1}, "priority"),
     "a class by header": (BOB, (f"{PRIORITY}: -1",), {}, PRIORITY),

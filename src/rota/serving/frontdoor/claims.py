@@ -9,6 +9,7 @@ from hashlib import sha256
 
 import msgspec
 
+from rota.serving.engines.vllm.arguments import THE_ROUTERS
 from rota.serving.frontdoor.identity import TENANT_HEADER, Identity
 from rota.serving.frontdoor.keys import KeyHolder
 from rota.serving.frontdoor.problems import Problem
@@ -48,12 +49,15 @@ def granted_salt(holder: KeyHolder, salt: str | None) -> str | None:
 def granted_body(raw: bytes, holder: KeyHolder, salt: str | None) -> bytes:
     """The body as the engine is sent it, with the tenant and the salt of the key in it, and each field once: of a field
     that was there twice an engine could have read the other one. Raises `Problem` (403) where it names another tenant,
-    or blocks of KV to pull, which could be anybody's."""
+    blocks of KV to pull, which could be anybody's, or what is the router's to say."""
     fields = _fields(raw)
     extra = (_extra(fields[_XARGS]) if _XARGS in fields else None) or {}
     for spot, place in (("", fields), (f"{_XARGS}.", extra)):
         if _BLOCKS in place:
             raise _refused(spot + _BLOCKS, "blocks of other requests are not a client's to name")
+    for name in THE_ROUTERS:
+        if name in extra:
+            raise _refused(f"{_XARGS}.{name}", f"{name} is the router's to say")
     if "tenant" in extra and _value(extra["tenant"]) != holder.tenant:
         raise _refused(f"{_XARGS}.tenant", f"the key is of tenant {holder.tenant!r}")
     extra["tenant"] = msgspec.Raw(msgspec.json.encode(holder.tenant))

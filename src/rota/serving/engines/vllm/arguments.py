@@ -13,8 +13,9 @@ from rota.serving.engines.engine import EngineCall
 from rota.serving.model.request import DEFAULT_TENANT, SLO, TenantId
 from rota.serving.model.text_counts import TEXT_COUNTS
 
-_TENANT, _TTFT, _TPOT, _WAITED = "tenant", "slo_ttft_ms", "slo_tpot_ms", "waited_ms"
-_COUNTS = "text_counts"
+_TENANT, _TTFT, _TPOT, _WAITED, _COUNTS = "tenant", "slo_ttft_ms", "slo_tpot_ms", "waited_ms", "text_counts"
+THE_ROUTERS = (_WAITED, _COUNTS)
+"""What no client can know: whoever says to have waited for long would be served first where waiting counts."""
 _XARGS = "vllm_xargs"
 _MOST_MS = 86_400_000.0
 """A day, as for the headers."""
