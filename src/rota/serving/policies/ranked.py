@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from rota.base.errors import ConfigError
 from rota.serving.api import (
     Capability,
     Cursor,
@@ -190,17 +189,3 @@ class Idling:
                 return
             del self._since[request_id]
             yield sequence
-
-
-def at_least_one(policy: str, **numbers: float | None) -> None:
-    """Raise `ConfigError` naming the parameter that is below 1; None is fine."""
-    for name, number in numbers.items():
-        if number is not None and not number >= 1:
-            raise ConfigError(f"{policy}: {name} must be at least 1, not {number}")
-
-
-def above_zero(policy: str, **numbers: float | None) -> None:
-    """Raise `ConfigError` naming the parameter that is not above 0; None is fine."""
-    for name, number in numbers.items():
-        if number is not None and not 0 < number < float("inf"):
-            raise ConfigError(f"{policy}: {name} must be above 0, not {number}")

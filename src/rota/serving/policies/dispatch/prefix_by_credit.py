@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from rota.base.errors import ConfigError
 from rota.serving.api import (
     NOTHING,
     ClusterView,
@@ -16,6 +15,7 @@ from rota.serving.api import (
     TenantId,
 )
 from rota.serving.policies.dispatch.scoring import SCORES_MAX, least_loaded
+from rota.serving.policies.parameters import above_zero, at_least_one
 
 _NUM_TENANTS_MAX = 4096
 """Tenants whose credits are kept; beyond it the one that has sent nothing for longest is forgotten."""
@@ -54,16 +54,14 @@ class PrefixByCredit:
         expected_output_tokens: float = 256.0,
     ) -> None:
         """Raises `ConfigError` for a number that is not above 0, or a quantum below 1."""
-        for name, number in {
-            "quantum_tokens": quantum_tokens,
-            "prompt_weight": prompt_weight,
-            "output_weight": output_weight,
-            "expected_output_tokens": expected_output_tokens,
-        }.items():
-            if not 0 < number < float("inf"):
-                raise ConfigError(f"prefix_by_credit: {name} must be above 0, not {number}")
-        if quantum_tokens < 1:
-            raise ConfigError(f"prefix_by_credit: quantum_tokens must be at least 1, not {quantum_tokens}")
+        above_zero(
+            "prefix_by_credit",
+            quantum_tokens=quantum_tokens,
+            prompt_weight=prompt_weight,
+            output_weight=output_weight,
+            expected_output_tokens=expected_output_tokens,
+        )
+        at_least_one("prefix_by_credit", quantum_tokens=quantum_tokens)
         self._quantum = quantum_tokens
         self._per_prompt_token = prompt_weight
         self._per_output_token = output_weight

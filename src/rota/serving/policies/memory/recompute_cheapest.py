@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rota.serving.api import Capability, EngineCapabilities, MemoryView, SequenceView, VictimOrder
-from rota.serving.policies.ranked import at_least_one
+from rota.serving.policies.parameters import at_least_one
 
 
 class RecomputeCheapest:

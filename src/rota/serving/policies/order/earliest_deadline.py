@@ -2,7 +2,8 @@
 
 from rota.serving.api import SequenceView
 from rota.serving.policies.deadlines import end_due, next_token_due
-from rota.serving.policies.ranked import Rank, RankedOrder, at_least_one
+from rota.serving.policies.parameters import at_least_one
+from rota.serving.policies.ranked import Rank, RankedOrder
 
 
 class EarliestDeadline(RankedOrder):

@@ -5,7 +5,6 @@ import heapq
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Literal
 
-from rota.base.errors import ConfigError
 from rota.serving.api import (
     Capability,
     EngineCapabilities,
@@ -19,6 +18,7 @@ from rota.serving.api import (
     SequenceView,
     TenantId,
 )
+from rota.serving.policies.parameters import above_zero, at_least_one
 
 _NUM_TENANTS_MAX = 4096
 """Accounts that are kept for each class. Beyond it, those of tenants who ask for nothing are forgotten, those who own
@@ -66,12 +66,11 @@ class FairPrefix:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         """`weights` are shares by tenant; one that is not named has 1, and one of 2 gets twice as much."""
-        numbers = {"quantum_tokens": quantum_tokens, "prompt_weight": prompt_weight, "output_weight": output_weight}
-        for name, number in {**numbers, **{f"weights.{who}": each for who, each in (weights or {}).items()}}.items():
-            if not 0 < number < float("inf"):
-                raise ConfigError(f"fair_prefix: {name} must be above 0, not {number}")
-        if quantum_tokens < 1:
-            raise ConfigError(f"fair_prefix: quantum_tokens must be at least 1, not {quantum_tokens}")
+        above_zero(
+            "fair_prefix", quantum_tokens=quantum_tokens, prompt_weight=prompt_weight, output_weight=output_weight
+        )
+        above_zero("fair_prefix", **{f"weights.{tenant}": weight for tenant, weight in (weights or {}).items()})
+        at_least_one("fair_prefix", quantum_tokens=quantum_tokens)
         self._quantum = quantum_tokens
         self._per_prompt_token = prompt_weight
         self._per_output_token = output_weight

@@ -4,7 +4,6 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
-from rota.base.errors import ConfigError
 from rota.serving.api import (
     Capability,
     EngineCapabilities,
@@ -18,6 +17,7 @@ from rota.serving.api import (
     SequenceView,
     TenantId,
 )
+from rota.serving.policies.parameters import above_zero
 
 _NUM_TENANTS_MAX = 4096
 """Counters that are kept for each class. Beyond it, those of tenants who ask for nothing are forgotten, lowest
@@ -59,13 +59,8 @@ class FairTokens:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         """`weights` are shares by tenant; one that is not named has 1, and one of 2 gets twice as much."""
-        costs = {"prompt_weight": prompt_weight, "output_weight": output_weight}
-        for name, number in {
-            **costs,
-            **{f"weights.{tenant}": each for tenant, each in (weights or {}).items()},
-        }.items():
-            if not 0 < number < float("inf"):
-                raise ConfigError(f"fair_tokens: {name} must be above 0, not {number}")
+        above_zero("fair_tokens", prompt_weight=prompt_weight, output_weight=output_weight)
+        above_zero("fair_tokens", **{f"weights.{tenant}": weight for tenant, weight in (weights or {}).items()})
         self._per_prompt_token = prompt_weight
         self._per_output_token = output_weight
         self._weights = {TenantId(tenant): float(weight) for tenant, weight in (weights or {}).items()}

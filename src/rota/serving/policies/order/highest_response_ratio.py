@@ -14,7 +14,7 @@ from rota.serving.api import (
     Pool,
     SequenceView,
 )
-from rota.serving.policies.ranked import above_zero
+from rota.serving.policies.parameters import above_zero
 
 _KINDS_PER_DOUBLING = 4
 

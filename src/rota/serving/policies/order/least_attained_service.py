@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from rota.base.errors import ConfigError
 from rota.serving.api import ProgramId, RequestId, SequenceView
-from rota.serving.policies.ranked import Rank, RankedOrder, at_least_one
+from rota.serving.policies.parameters import at_least_one
+from rota.serving.policies.ranked import Rank, RankedOrder
 
 _NUM_PROGRAMS_MAX = 65_536
 """Programs whose service is remembered; the one unused for longest is forgotten first."""

@@ -5,7 +5,8 @@ from typing import Any
 from rota.base.instant import microseconds, milliseconds
 from rota.serving.api import LengthPredictor, RequestId, SequenceView
 from rota.serving.policies.deadlines import NEVER, end_due, next_token_due
-from rota.serving.policies.ranked import Rank, RankedOrder, above_zero, at_least_one
+from rota.serving.policies.parameters import above_zero, at_least_one
+from rota.serving.policies.ranked import Rank, RankedOrder
 
 
 class LeastSlack(RankedOrder):

@@ -3,7 +3,8 @@
 from typing import Any
 
 from rota.serving.api import EngineView, LengthPredictor, RequestId, SequenceView
-from rota.serving.policies.ranked import Idling, Rank, RankedOrder, at_least_one
+from rota.serving.policies.parameters import at_least_one
+from rota.serving.policies.ranked import Idling, Rank, RankedOrder
 
 
 class ShortestPredictedFirst(RankedOrder):

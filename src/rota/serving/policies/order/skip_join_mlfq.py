@@ -4,7 +4,8 @@ from typing import Any
 
 from rota.base.instant import microseconds, milliseconds, seconds
 from rota.serving.api import EngineView, RequestId, SequenceView
-from rota.serving.policies.ranked import Idling, Rank, RankedOrder, above_zero, at_least_one
+from rota.serving.policies.parameters import above_zero, at_least_one
+from rota.serving.policies.ranked import Idling, Rank, RankedOrder
 
 
 class SkipJoinMlfq(RankedOrder):

@@ -3,7 +3,8 @@
 from typing import Any
 
 from rota.serving.api import LengthPredictor, Request, RequestId, SequenceView
-from rota.serving.policies.ranked import Rank, RankedOrder, at_least_one
+from rota.serving.policies.parameters import at_least_one
+from rota.serving.policies.ranked import Rank, RankedOrder
 
 
 class SkipPredict(RankedOrder):
