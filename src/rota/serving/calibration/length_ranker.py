@@ -17,11 +17,10 @@ from rota import __version__
 from rota.base.errors import ConfigError, DataError
 from rota.serving.calibration.answered import Answered, said_by
 from rota.serving.metrics.length_errors import NUM_RANKED_MAX, kendall_tau
-from rota.serving.model.text_counts import TEXT_COUNTS
 from rota.serving.predictors.length.declared import Declared
 from rota.serving.predictors.length.features import REQUEST_FEATURES, TEXT_FEATURES, features_of
 from rota.serving.predictors.length.history import History
-from rota.serving.predictors.length.ranker_file import Ranker, RankerFile, Tree
+from rota.serving.predictors.length.ranker_file import CompiledRankers, Ranker, RankerFile, Tree
 
 MIN_ANSWERED = 50
 """Fewer are nothing to learn from, on either side of the split."""
@@ -231,12 +230,8 @@ def _isotonic(scores: np.ndarray, lengths: np.ndarray) -> list[tuple[float, floa
 
 def _predictions(by_request: Ranker, by_text: Ranker | None, rows: list[Answered]) -> np.ndarray:
     """What the predictor `ranked` says of each."""
-    plain, text = by_request.compiled(), None if by_text is None else by_text.compiled()
-    said = []
-    for each in rows:
-        ranker = text if text is not None and len(each.request.text_counts) == len(TEXT_COUNTS) else plain
-        said.append(max(1.0, min(ranker.num_tokens(features_of(each.request)), each.request.max_tokens)))
-    return np.array(said)
+    rankers = CompiledRankers(by_request, by_text)
+    return np.array([rankers.num_tokens(each.request) for each in rows])
 
 
 def _lengths(rows: Sequence[Answered]) -> np.ndarray:

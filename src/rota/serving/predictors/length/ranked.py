@@ -2,9 +2,8 @@
 
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, microseconds
-from rota.serving.api import TEXT_COUNTS, Request
-from rota.serving.predictors.length.features import features_of
-from rota.serving.predictors.length.ranker_file import load_ranker
+from rota.serving.api import Request
+from rota.serving.predictors.length.ranker_file import CompiledRankers, load_ranker
 
 
 class Ranked:
@@ -26,14 +25,10 @@ class Ranked:
             raise ConfigError(f"ranked: cost_us must not be negative, and it is {cost_us}")
         loaded = load_ranker(model)
         self.cost: Duration = microseconds(cost_us)
-        self._by_request = loaded.by_request.compiled()
-        self._by_text = None if loaded.by_text is None else loaded.by_text.compiled()
+        self._rankers = CompiledRankers(loaded.by_request, loaded.by_text)
 
     def predict(self, request: Request) -> float:
-        ranker = self._by_request
-        if self._by_text is not None and len(request.text_counts) == len(TEXT_COUNTS):
-            ranker = self._by_text
-        return float(max(1, min(ranker.num_tokens(features_of(request)), request.max_tokens)))
+        return self._rankers.num_tokens(request)
 
     def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
         pass

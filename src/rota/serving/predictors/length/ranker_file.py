@@ -13,7 +13,8 @@ from typing import Any, Literal
 import msgspec
 
 from rota.base.errors import ConfigError
-from rota.serving.predictors.length.features import REQUEST_FEATURES, TEXT_FEATURES
+from rota.serving.api import TEXT_COUNTS, Request
+from rota.serving.predictors.length.features import REQUEST_FEATURES, TEXT_FEATURES, features_of
 
 FORMAT = "rota-length-ranker"
 VERSION = 1
@@ -43,9 +44,6 @@ class Ranker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scores: tuple[float, ...]
     """Rising; `tokens` says how long answers of such a score were on average, which never falls."""
     tokens: tuple[float, ...]
-
-    def compiled(self) -> "CompiledRanker":
-        return CompiledRanker(self)
 
 
 class RankerFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -92,6 +90,23 @@ class CompiledRanker:
             return tokens[-1]
         part = (score - scores[after - 1]) / (scores[after] - scores[after - 1])
         return tokens[after - 1] + part * (tokens[after] - tokens[after - 1])
+
+
+class CompiledRankers:
+    """The two of a file: one asks a request by its text where that was counted and one of them knows texts."""
+
+    __slots__ = ("_by_request", "_by_text")
+
+    def __init__(self, by_request: Ranker, by_text: Ranker | None) -> None:
+        self._by_request = CompiledRanker(by_request)
+        self._by_text = None if by_text is None else CompiledRanker(by_text)
+
+    def num_tokens(self, request: Request) -> float:
+        """How long its answer is thought to be: at least 1, and at most what it allows."""
+        ranker = self._by_request
+        if self._by_text is not None and len(request.text_counts) == len(TEXT_COUNTS):
+            ranker = self._by_text
+        return float(max(1, min(ranker.num_tokens(features_of(request)), request.max_tokens)))
 
 
 def _walkable(tree: Tree) -> Any:
