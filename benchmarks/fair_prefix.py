@@ -17,18 +17,15 @@ instances behind a router, with three times the requests: what dispatches differ
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from provenance import of_simulated
 
-from rota import __version__
 from rota.base.instant import Duration, Instant, to_seconds
 from rota.base.random_streams import RandomStreams
 from rota.serving.assemble import SystemConfig
@@ -187,16 +184,8 @@ def main() -> None:
     fleet = measure(FLEET, seeds, NUM_INSTANCES)
     hot = measure(FLEET, seeds, NUM_INSTANCES, is_hot=True)
     if not is_quick:
-        provenance = {
-            "command": "python benchmarks/fair_prefix.py",
-            "rota": __version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cpu_seconds": round(time.process_time() - began, 1),
-            "seeds": list(seeds),
-            "note": f"simulated; {PROFILE}, {NUM_BLOCKS} blocks of 16 tokens; mean, lowest and highest over the seeds",
-        }
+        note = f"simulated; {PROFILE}, {NUM_BLOCKS} blocks of 16 tokens; mean, lowest and highest over the seeds"
+        provenance = of_simulated("python benchmarks/fair_prefix.py", began, seeds, note)
         RESULTS.write_text(
             json.dumps({"provenance": provenance, "one": one, "fleet": fleet, "hot_document": hot}, indent=1) + "\n"
         )

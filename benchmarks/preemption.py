@@ -14,17 +14,15 @@ victim drawn by lot, which is the control: what choosing freely is worth by itse
 import argparse
 import json
 import os
-import platform
 import random
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from provenance import of_simulated
 
-from rota import __version__
 from rota.base.config import load_toml
 from rota.base.instant import Duration, to_seconds
 from rota.serving.api import Capability, EngineCapabilities, MemoryView, SequenceView, VictimOrder
@@ -66,11 +64,13 @@ class RandomVictim:
 
 def play(load: str, arm: str, num_requests: int, caching: bool, seed: int) -> list[RequestRecord]:
     memory, parameters = ARMS[arm]
-    stack = StackConfig(
-        batch="stall_free_chunks",
-        memory=memory,
-        parameters=Parameters(batch={"chunk_size": 512}, memory=parameters, admission={"max_unfinished": 10**9}),
-    )
+    parts = Parameters(batch={"chunk_size": 512}, memory=parameters, admission={"max_unfinished": 10**9})
+    stack = StackConfig(batch="stall_free_chunks", memory=memory, parameters=parts)
+    return simulated(stack, load, num_requests, caching, seed)
+
+
+def simulated(stack: StackConfig, load: str, num_requests: int, caching: bool, seed: int) -> list[RequestRecord]:
+    """One of the loads through a stack, on the engine whose memory is short."""
     limits = msgspec.structs.replace(
         load_profile(PROFILE).instance_limits(), num_blocks=2000, enable_prefix_caching=caching
     )
@@ -123,16 +123,8 @@ def main() -> None:
                 results[name][arm] = mean_of(rows)
                 print(f"{name}: {arm}: {results[name][arm]}", flush=True)
     if not is_quick:
-        provenance = {
-            "command": "python benchmarks/preemption.py",
-            "rota": __version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cpu_seconds": round(time.process_time() - began, 1),
-            "seeds": list(seeds),
-            "note": "simulated, so the same on any machine; the mean over the seeds",
-        }
+        note = "simulated, so the same on any machine; the mean over the seeds"
+        provenance = of_simulated("python benchmarks/preemption.py", began, seeds, note)
         RESULTS.write_text(json.dumps({"provenance": provenance, "results": results}, indent=1) + "\n")
 
 

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from router_overhead import cpu_seconds, free_port, spawn, stop, versions, wait_for
+from router_overhead import cpu_seconds, free_port, spawn, stop, wait_for
+from soak import provenance
 
 HOST = "127.0.0.1"
 NUM_CONNECTIONS = 2000
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--target-ms", type=float, default=1000.0)
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
-    load_before = os.getloadavg()[0]
+    load_before, started_at = os.getloadavg()[0], time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "log").open("wb") as log:
         stack = Path(scratch) / "stack.toml"
         stack.write_text('admission = "deadline_admission"\n')
@@ -108,15 +108,7 @@ def main() -> None:
             result = uvloop.run(run(port, router.pid, arguments))
         finally:
             stop(router)
-    provenance = {
-        "command": "python benchmarks/refusals.py " + " ".join(sys.argv[1:]),
-        "versions": versions(None),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "num_cores": len(cores),
-        "load_average_before": round(load_before, 2),
-    }
-    print(json.dumps({**result, "provenance": provenance}, indent=2))
+    print(json.dumps({**result, "provenance": provenance(load_before, started_at)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from router_overhead import cpu_seconds, free_port, ports_from, spawn, stop, versions, wait_for
@@ -48,14 +49,53 @@ EXPECTED = {"good": 200, "stream": 200, "bad key": 401, "other tenant": 403, "no
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "islet", "jetty")
 
 
-def make_keys(folder: Path) -> list[str]:
-    rota = Path(sys.executable).with_name("rota")
-    keys = []
-    for number in range(NUM_TENANTS):
-        command = [str(rota), "keys", "new", "--tenant", f"tenant-{number}", "--keys", str(folder / "keys.toml")]
-        printed = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
-        keys.append(str(json.loads(printed)["key"]))
-    return keys
+class Served(NamedTuple):
+    """`rota serve` over two mock engines."""
+
+    port: int
+    pid: int
+    keys: dict[str, str]
+    """By tenant."""
+
+
+@contextmanager
+def router_over_mocks(stack: str, tenants: Iterable[str]) -> Iterator[Served]:
+    """The router with one core to itself, mocks and this process on another; all stopped at the end."""
+    cores = sorted(os.sched_getaffinity(0))
+    rota, mock = str(Path(sys.executable).with_name("rota")), str(Path(__file__).with_name("router_overhead.py"))
+    with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "log").open("wb") as log:
+        stack_file, key_file = Path(scratch) / "stack.toml", Path(scratch) / "keys.toml"
+        stack_file.write_text(stack)
+        keys = {}
+        for tenant in tenants:
+            command = [rota, "keys", "new", "--tenant", tenant, "--keys", str(key_file), "--json"]
+            keys[tenant] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["key"]
+        mocks, router = spawn(cores[-1], [sys.executable, mock, "--mock", "2"], log), None
+        try:
+            port = free_port()
+            command = [rota, "serve", "--port", str(port), "--run-dir", str(Path(scratch) / "runs")]
+            for each in ports_from(mocks, "the mock engines"):
+                command += ["--engine", f"http://127.0.0.1:{each}"]
+            router = spawn(cores[0], [*command, "--keys", str(key_file), "--stack", str(stack_file)], log)
+            wait_for(port, router, 60)
+            os.sched_setaffinity(0, {cores[-1]})
+            yield Served(port, router.pid, keys)
+        finally:
+            for process in (router, mocks):
+                if process is not None:
+                    stop(process)
+
+
+def provenance(load_before: float, began_at: float) -> dict[str, Any]:
+    return {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "versions": versions(None),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "num_cores": os.cpu_count(),
+        "load_average_before": round(load_before, 2),
+        "took_seconds": round(time.monotonic() - began_at),
+    }
 
 
 def request(draw: random.Random, keys: list[str], number: int) -> tuple[str, bytes]:
@@ -170,39 +210,10 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=1_000_000)
     parser.add_argument("--concurrency", type=int, default=32)
     arguments = parser.parse_args()
-    mock = str(Path(__file__).with_name("router_overhead.py"))
-    cores = sorted(os.sched_getaffinity(0))
     load_before, began_at = os.getloadavg()[0], time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "log").open("wb") as log:
-        folder = Path(scratch)
-        (folder / "stack.toml").write_text(STACK)
-        keys = make_keys(folder)
-        mocks = spawn(cores[-1], [sys.executable, mock, "--mock", "2"], log)
-        router = None
-        try:
-            urls = [f"http://127.0.0.1:{port}" for port in ports_from(mocks, "the mock engines")]
-            port = free_port()
-            command = [str(Path(sys.executable).with_name("rota")), "serve", "--port", str(port)]
-            command += [word for url in urls for word in ("--engine", url)]
-            command += ["--keys", str(folder / "keys.toml"), "--stack", str(folder / "stack.toml")]
-            router = spawn(cores[0], [*command, "--run-dir", str(folder / "runs")], log)
-            wait_for(port, router, 60)
-            os.sched_setaffinity(0, {cores[-1]})
-            result = uvloop.run(soak(port, router.pid, keys, arguments))
-        finally:
-            for process in (router, mocks):
-                if process is not None:
-                    stop(process)
-    provenance = {
-        "command": "python benchmarks/soak.py " + " ".join(sys.argv[1:]),
-        "versions": versions(None),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "num_cores": len(cores),
-        "load_average_before": round(load_before, 2),
-        "took_seconds": round(time.monotonic() - began_at),
-    }
-    print(json.dumps({"summary": summary(result), **result, "provenance": provenance}, indent=2))
+    with router_over_mocks(STACK, [f"tenant-{number}" for number in range(NUM_TENANTS)]) as served:
+        result = uvloop.run(soak(served.port, served.pid, list(served.keys.values()), arguments))
+    print(json.dumps({"summary": summary(result), **result, "provenance": provenance(load_before, began_at)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -14,23 +14,16 @@ Host memory of 30,000 blocks (60 GB, as FastSwitch). A link of 24 GB/s and 320 u
 
 import argparse
 import json
-import os
-import platform
 import time
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from preemption import AZURE, MIXED, PROFILE, RATES, ROOT, judge, mean_of
+from preemption import RATES, ROOT, judge, mean_of, simulated
+from provenance import of_simulated
 
-from rota import __version__
-from rota.base.config import load_toml
 from rota.serving.metrics.definitions import RequestRecord
 from rota.serving.model.swapping import SwapRules
-from rota.serving.predictors.step_time.profiles import load_profile
-from rota.serving.sim.run import SimulationConfig, simulate
 from rota.serving.stack import Parameters, StackConfig
-from rota.serving.workload.generator import SyntheticWorkload
 
 RESULTS = ROOT / "benchmarks" / "results" / "swap.json"
 NAIVE = SwapRules(host_blocks=30_000, block_group=1, reuse=False, asynchronous=False)
@@ -51,19 +44,7 @@ def play(load: str, order: str, arm: str, num_requests: int, caching: bool, seed
         parameters=Parameters(batch={"chunk_size": 512}, admission={"max_unfinished": 10**9}),
         swap=ARMS[arm] or msgspec.UNSET,
     )
-    of_profile = load_profile(PROFILE).instance_limits()
-    workload = load_toml(MIXED, SyntheticWorkload) if load == "mixed" else None
-    config = SimulationConfig(
-        trace=AZURE if workload is None else MIXED,
-        workload=workload,
-        stack=stack,
-        profile=PROFILE,
-        num_requests=num_requests,
-        rate=RATES[load],
-        seed=seed,
-        limits=msgspec.structs.replace(of_profile, num_blocks=2000, enable_prefix_caching=caching),
-    )
-    return simulate(config, with_digest=False).records
+    return simulated(stack, load, num_requests, caching, seed)
 
 
 def main() -> None:
@@ -83,16 +64,8 @@ def main() -> None:
                     results[name][arm] = mean_of(rows)
                     print(f"{name}: {arm}: {results[name][arm]}", flush=True)
     if not is_quick:
-        provenance = {
-            "command": "python benchmarks/swap.py",
-            "rota": __version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cpu_seconds": round(time.process_time() - began, 1),
-            "seeds": list(seeds),
-            "note": "simulated, so the same on any machine; the mean over the seeds; the link is assumed, not measured",
-        }
+        note = "simulated, so the same on any machine; the mean over the seeds; the link is assumed, not measured"
+        provenance = of_simulated("python benchmarks/swap.py", began, seeds, note)
         RESULTS.write_text(json.dumps({"provenance": provenance, "results": results}, indent=1) + "\n")
 
 

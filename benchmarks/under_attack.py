@@ -12,18 +12,15 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from router_overhead import cpu_seconds, free_port, ports_from, spawn, stop, versions, wait_for
-from soak import resident_mib
+from router_overhead import cpu_seconds
+from soak import provenance, resident_mib, router_over_mocks
 
 STACK = """
 admission = "tenant_limits"
@@ -234,41 +231,10 @@ def main() -> None:
     if arguments.attack:
         uvloop.run({each.__name__: each for each in ATTACKS}[arguments.attack](arguments.port, arguments.key))
         return
-    mock = str(Path(__file__).with_name("router_overhead.py"))
-    cores = sorted(os.sched_getaffinity(0))
-    load_before, rota = os.getloadavg()[0], str(Path(sys.executable).with_name("rota"))
-    with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "log").open("wb") as log:
-        folder = Path(scratch)
-        (folder / "stack.toml").write_text(STACK)
-        keys = {}
-        for tenant in ("good", "evil"):
-            command = [rota, "keys", "new", "--tenant", tenant, "--keys", str(folder / "keys.toml"), "--json"]
-            keys[tenant] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["key"]
-        mocks = spawn(cores[-1], [sys.executable, mock, "--mock", "2"], log)
-        router = None
-        try:
-            urls = [f"http://{HOST}:{each}" for each in ports_from(mocks, "the mock engines")]
-            port = free_port()
-            command = [rota, "serve", "--port", str(port), "--run-dir", str(folder / "runs")]
-            command += [word for url in urls for word in ("--engine", url)]
-            command += ["--keys", str(folder / "keys.toml"), "--stack", str(folder / "stack.toml")]
-            router = spawn(cores[0], command, log)
-            wait_for(port, router, 60)
-            os.sched_setaffinity(0, {cores[-1]})
-            results = uvloop.run(run(port, router.pid, keys, arguments.seconds, arguments.rounds))
-        finally:
-            for process in (router, mocks):
-                if process is not None:
-                    stop(process)
-    provenance = {
-        "command": "python benchmarks/under_attack.py " + " ".join(sys.argv[1:]),
-        "versions": versions(None),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "num_cores": len(cores),
-        "load_average_before": round(load_before, 2),
-    }
-    print(json.dumps({"results": results, "provenance": provenance}, indent=2))
+    load_before, began_at = os.getloadavg()[0], time.monotonic()
+    with router_over_mocks(STACK, ("good", "evil")) as served:
+        results = uvloop.run(run(served.port, served.pid, served.keys, arguments.seconds, arguments.rounds))
+    print(json.dumps({"results": results, "provenance": provenance(load_before, began_at)}, indent=2))
 
 
 if __name__ == "__main__":

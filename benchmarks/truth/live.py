@@ -122,8 +122,11 @@ def rows(*, scale: float = 1.0) -> Iterator[TruthRow]:
     model = prepare_model()
     with tempfile.TemporaryDirectory(prefix="rota-live-") as folder:
         measured = asyncio.run(_measure(model, Path(folder), scale))
-        is_steady = _drift(measured) <= STEP_BOUND
+        drift = _drift(measured)
+        is_steady = drift <= STEP_BOUND
         yield from _step_rows(measured, STEP_BOUND / scale, is_steady=is_steady)
+        note = f"bounds stand up to {STEP_BOUND:.0%}: beyond, the machine of one run is not that of the other"
+        yield _error_row("all", "by how much steps of one load took longer in one run", drift, None, note)
         for load in LOADS:
             runs = [run for run in measured.runs if run.load.name == load.name]
             yield from _front_end_rows(measured.profile, runs)
@@ -344,9 +347,6 @@ def _step_rows(measured: Measured, most: float, *, is_steady: bool) -> Iterator[
         (error, *_) = _errors(measured, run)
         note = f"{error.num_steps} steps, bias {error.bias:+.1%}; neighbours took {_taken(run.steps):.1%}"
         yield _error_row(f"{run.load.name}, run {run.number + 1}", "step time: MAPE", error.mape, None, note)
-    drift = _drift(measured)
-    note = f"bounds stand up to {STEP_BOUND:.0%}: beyond, the machine of one run is not that of the other"
-    yield _error_row("all", "by how much steps of one load took longer in one run", drift, None, note)
 
 
 def _errors(measured: Measured, run: Run) -> list[PhaseError]:
