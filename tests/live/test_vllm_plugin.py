@@ -7,13 +7,15 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import pytest
+from tests.live.vllm_tokens import AGEING_SECONDS, LOW
 
 from rota.base.journal import read_journal
 from rota.base.replay import replay
@@ -38,12 +40,13 @@ def run(
     plugin: dict[str, str] | None,
     alone: bool = False,
     backlogs: Sequence[dict[str, str]] = (),
+    crowded_out: Mapping[str, dict[str, str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The tokens of one engine: `together`, `late` (some arrive while others run, and outrank them), `alone`. With
     `backlogs`, no tokens: an engine for each of these plug-ins, one after the other, with a backlog of three
-    tenants."""
-    model = str(prepare_model())
-    spec = {"model": model, "dtype": dtype, "plugin": plugin, "late": True, "alone": alone, "backlogs": backlogs}
+    tenants. With `crowded_out`, who was served when, by the plug-in's name, where one of a low class meets a crowd."""
+    spec = {"model": str(prepare_model()), "dtype": dtype, "plugin": plugin, "late": True, "alone": alone}
+    spec |= {"backlogs": backlogs, "crowded_out": dict(crowded_out)}
     out, log = folder / "tokens.json", folder / "log"
     with log.open("w") as file:
         done = subprocess.run(
@@ -102,6 +105,22 @@ def test_tenants_of_a_live_vllm_stay_within_the_published_bounds(tmp_path: Path)
             assert (gap.service <= bound) == (name == fair), (name, gap, bound)
         # Two who never waited at once would keep any bound.
         assert gaps[fair][0].num_steps > 20, gaps
+
+
+def test_ageing_bounds_how_long_a_live_vllm_crowds_out_a_low_class(tmp_path: Path) -> None:
+    """From `ageing_seconds` after its arrival on, nobody of a higher class who arrives later is served before it;
+    without ageing all of them are."""
+    ageing = f'order = "strict_priority"\n[parameters.order]\nageing_seconds = {AGEING_SECONDS}\n'
+    stacks = {"ageing": ageing, "never": 'order = "strict_priority"\n'}
+    plugins = {name: writing_to(tmp_path / name, stack) for name, stack in stacks.items()}
+    found = run(tmp_path, dtype="bfloat16", plugin=None, crowded_out=plugins)
+    overtaking = {}
+    for name, each in found.items():
+        step_of = {request: step for step, served in enumerate(each["served"]) for request in served}
+        assert len(each["later"]) >= 10
+        overtaking[name] = [request for request in each["later"] if step_of[request] < step_of[LOW]]
+    assert overtaking["ageing"] == []
+    assert overtaking["never"] == found["never"]["later"]
 
 
 def test_the_make_up_of_a_batch_changes_the_tokens_of_stock_vllm_in_bfloat16_only(stock: Any) -> None:

@@ -6,6 +6,7 @@ The engine core runs in this process, so that requests meet steps at the same po
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,8 @@ BLOCK_SIZE = 32
 EVE_COMES_BEFORE = 20
 BACKLOG = {"ada": (30, 12, 0), "ben": (10, 24, 0), "eve": (8, 12, EVE_COMES_BEFORE)}
 """Of each tenant: how many requests, tokens of each answer, the step before which they come."""
+AGEING_SECONDS = 1.0
+LOW = "low"
 
 
 def main(spec: dict[str, object], out: str) -> None:
@@ -49,6 +52,13 @@ def main(spec: dict[str, object], out: str) -> None:
         for plugin in spec["backlogs"]:  # type: ignore[attr-defined]
             llm = _engine(LLM, spec, plugin)
             _backlog(llm)
+            llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
+        Path(out).write_text(json.dumps(result))
+        return
+    if spec.get("crowded_out"):
+        for name, plugin in spec["crowded_out"].items():  # type: ignore[attr-defined]
+            llm = _engine(LLM, spec, plugin)
+            result[name] = _crowded_out(llm)
             llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
         Path(out).write_text(json.dumps(result))
         return
@@ -121,6 +131,42 @@ def _backlog(llm: object) -> None:
                 engine.add_request(f"{tenant}{n}", prompt, parameters)
         engine.step()
         step += 1
+
+
+def _crowded_out(llm: object) -> dict[str, object]:
+    """One request of class 1 while there are always more of class 0 than the engine holds, until ten that arrived at
+    least `AGEING_SECONDS` after it have been served. Returns the names of those ten and later ones, and the names of
+    all in the order of their first tokens, those of one step together."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine  # type: ignore[attr-defined]
+    came_at: dict[str, float] = {}
+    served: list[list[str]] = []
+
+    def add(name: str, priority: int) -> None:
+        parameters = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        came_at[name] = time.time()
+        engine.add_request(name, f"{PROMPTS[len(came_at) % len(PROMPTS)]} ({name})", parameters, priority=priority)
+
+    def later() -> list[str]:
+        return [name for name, at in came_at.items() if at > came_at[LOW] + AGEING_SECONDS]
+
+    for n in range(10):
+        add(f"high {n}", 0)
+    first_seen: set[str] = set()
+    num_steps = 0
+    while engine.has_unfinished_requests():
+        num_steps += 1
+        if num_steps == 5:
+            add(LOW, 1)
+        outputs = engine.step()
+        first = [output.request_id for output in outputs if output.request_id not in first_seen]
+        first_seen.update(first)
+        served.append(first)
+        if LOW not in came_at or len(first_seen.intersection(later())) < 10:
+            for _ in range(10 - engine.get_num_unfinished_requests()):
+                add(f"high {len(came_at)}", 0)
+    return {"later": later(), "served": served}
 
 
 if __name__ == "__main__":
