@@ -1,5 +1,6 @@
 """How fairly an order policy serves tenants: the service that two of them get while both wait, measured."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,12 +71,16 @@ def credit_bound(workload: Workload, quantum_tokens: float) -> float:
     given the same in it, has at most a quantum left at any time, and owes at most what was charged after its credit was
     spent: a prompt, and the output of those that run (2(U + Q) in Cao et al., 2025, U being the latter)."""
     longest = max(job.request.num_prompt_tokens for job in workload.jobs)
-    return _credit_bound(workload.limits, longest, quantum_tokens)
+    return credit_bound_of(workload.limits, longest, quantum_tokens)
 
 
-def _credit_bound(limits: InstanceLimits, longest_prompt: int, quantum_tokens: float) -> float:
+def credit_bound_of(
+    limits: InstanceLimits, longest_prompt: int, quantum_tokens: float, *, least_weight: float = 1.0
+) -> float:
+    """`credit_bound` of an engine with these settings, for two tenants whose smaller weight is `least_weight`."""
     num_slots = limits.num_blocks * limits.block_size
-    return 2 * (quantum_tokens + COMPUTED.per_prompt_token * longest_prompt + COMPUTED.per_output_token * num_slots)
+    owed = COMPUTED.per_prompt_token * longest_prompt + COMPUTED.per_output_token * num_slots
+    return 2 * (quantum_tokens + owed / least_weight)
 
 
 def check_fair_prefix(factory: Callable[[], OrderPolicy], *, quantum_tokens: float, num_workloads: int = 60) -> float:
@@ -118,8 +123,8 @@ def widest_gap(
 ) -> Gap:
     """Play a workload, and measure over each longest interval in which two tenants of a class both had requests left in
     the queue after every step, by how much the difference of their services varied."""
-    account = _Account(weights or {}, service)
-    play(workload, EnginePolicies(order, _Counting(VllmDefault(), account), RecomputeLast()), steady=False)
+    account = Account(weights or {}, service)
+    play(workload, EnginePolicies(order, Counting(VllmDefault(), account), RecomputeLast()), steady=False)
     return account.widest()
 
 
@@ -134,8 +139,8 @@ def live_gap(journal_path: str | Path, *, quantum_tokens: float | None = None) -
     journal = read_journal(journal_path, ROW_TYPES)
     stack = parse_toml(stack_of(journal.header), StackConfig, f"{journal_path}: stack")
     policies = engine_policies(stack, VLLM_CAPABILITIES, "vLLM")
-    account = _Account({}, SERVED if quantum_tokens is None else COMPUTED)
-    counted = EnginePolicies(policies.order, _Counting(policies.batch, account), policies.memory)
+    account = Account({}, SERVED if quantum_tokens is None else COMPUTED)
+    counted = EnginePolicies(policies.order, Counting(policies.batch, account), policies.memory)
     machine = fresh_machine(journal.header, counted, steady=False)
     rows = list(journal)
     difference = replay(rows, {MACHINE: machine})
@@ -144,7 +149,7 @@ def live_gap(journal_path: str | Path, *, quantum_tokens: float | None = None) -
     longest = max(row.event.request.num_prompt_tokens for row in rows if isinstance(row.event, SequenceArrived))
     if quantum_tokens is None:
         return account.widest(), _bound(machine.limits, longest)
-    return account.widest(), _credit_bound(machine.limits, longest, quantum_tokens)
+    return account.widest(), credit_bound_of(machine.limits, longest, quantum_tokens)
 
 
 def overload(seed: int, *, num_tenants: int = 4, num_jobs: int = 120) -> Workload:
@@ -175,9 +180,9 @@ def overload(seed: int, *, num_tenants: int = 4, num_jobs: int = 120) -> Workloa
     return Workload(limits, tuple(sorted(jobs, key=lambda job: (job.request.arrived_at, job.request.id))))
 
 
-def overload_with_prefixes(seed: int, *, share: float = 0.8) -> Workload:
+def overload_with_prefixes(seed: int, *, share: float = 0.8, num_jobs: int = 120) -> Workload:
     """As `overload`; that `share` of each tenant's prompts begins like one of its two documents, as far as it goes."""
-    workload = overload(seed)
+    workload = overload(seed, num_jobs=num_jobs)
     stream = RandomStreams(seed).stream("testing.prefixes")
     jobs = []
     for job in workload.jobs:
@@ -189,28 +194,33 @@ def overload_with_prefixes(seed: int, *, share: float = 0.8) -> Workload:
     return replace(workload, jobs=tuple(jobs))
 
 
-class _Counting:
+class Counting:
     """A batch policy that tells an account of every pass."""
 
-    def __init__(self, inner: Any, account: "_Account") -> None:
-        """`inner` is the batch policy that plans."""
+    def __init__(self, inner: Any, account: "Account", place: int = 0) -> None:
+        """`inner` is the batch policy that plans, `place` the number of the engine."""
         self._inner = inner
         self.requires = inner.requires
         self.shape: BatchShape | None = inner.shape
         self._account = account
+        self._place = place
 
     def plan(self, draft: Any, order: OrderPolicy) -> None:
         self._inner.plan(draft, order)
         admitted = {sequence.id for sequence in draft.grants}
         left = [each for each in draft.view.waiting if each.id not in admitted]
-        self._account.step(draft.grants, left)
+        self._account.step(draft.grants, left, self._place)
 
 
-class _Account:
+class Account:
     """What each tenant was served, and since when each pair has been waiting."""
 
-    def __init__(self, weights: Mapping[str, float], counted: Service) -> None:
+    def __init__(self, weights: Mapping[str, float], counted: Service, *, num_places: int = 1) -> None:
+        """A tenant counts as waiting while it waits at no fewer than `num_places` engines."""
         self._weights = weights
+        self._num_places = num_places
+        self._waiting: dict[int, set[TenantId]] = {}
+        """Who was left waiting at each engine after its last step."""
         self._counted = counted
         self._served: dict[TenantId, float] = {}
         self._num_outputs: dict[RequestId, int] = {}
@@ -218,8 +228,10 @@ class _Account:
         """Of each pair that waits: the least and the largest difference so far, and the steps."""
         self._widest = Gap(0.0, 0, None)
 
-    def step(self, grants: Sequence[Any], left: Sequence[Any]) -> None:
-        waiting = sorted({each.tenant for each in left})
+    def step(self, grants: Sequence[Any], left: Sequence[Any], place: int = 0) -> None:
+        self._waiting[place] = {each.tenant for each in left}
+        places = Counter(tenant for tenants in self._waiting.values() for tenant in tenants)
+        waiting = sorted(tenant for tenant, num_places in places.items() if num_places >= self._num_places)
         pairs = [(one, other) for index, one in enumerate(waiting) for other in waiting[index + 1 :]]
         for sequence in grants:
             self._serve(sequence)

@@ -34,10 +34,11 @@ class PrefixByCredit:
     answers, and `expected_output_tokens` before the first. Debited at dispatch, since by the time that an engine admits
     a request the router has sent it a hundred more.
 
-    So what a tenant has sent to two instances differs by at most 2 × (quantum_tokens + the cost of one request), up to
-    what was expected wrongly. A small quantum spreads each tenant over all instances, an endless one leaves the longest
-    prefix alone. Tenants are made equals inside the engines: with `order = "fair_prefix"` there, the services of two
-    who wait at each of N instances differ by at most N times the bound of one.
+    So what a tenant has sent to two instances differs by at most quantum_tokens + the cost of one request + what was
+    expected wrongly of those under way. A small quantum spreads each tenant over all instances, an endless one leaves
+    the longest prefix alone. Tenants are made equals inside the engines: with `order = "fair_prefix"` there, the
+    services of two who wait at every one of N instances differ by at most the sum of the bounds of each. Nothing bounds
+    them while one of the two waits at some of the instances only: where others are faster it could have asked for more.
 
     Good where tenants have documents or sessions. Starves nobody: it only says where. It knows no tenant's load but by
     its own credits, and among equals goes by outstanding tokens.
