@@ -69,6 +69,11 @@ class Placeholder:
         self._before = b"data: " + _json(chunk)[:-1] + b',"choices":['
         self._after = b"]" + (b',"usage":null' if include_usage else b"") + b"}\n\n"
 
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The prompt's token ids."""
+        return self._prompt
+
     def token_id(self, index: int) -> int:
         """The id of the token at `index` of this answer."""
         return crc32(self._first_id, len(self._prompt) + index) % _NUM_IDS
@@ -98,9 +103,11 @@ class Placeholder:
             ids = f',"prompt_token_ids":{_json(list(self._prompt)).decode()}{ids}'
         return self._event('{"index":%d,"text":"' + self.word(index) + f'","logprobs":null,"finish_reason":null{ids}}}')
 
-    def last_events(self, num_tokens: int) -> bytes:
+    def last_events(self, num_tokens: int, finish_reason: str | None = None) -> bytes:
         """The end of the stream: reason, usage if asked for, and the mark."""
-        reason = f'"finish_reason":"{self._finish_reason}"' + (',"token_ids":[]' if self._tells_ids else "")
+        reason = f'"finish_reason":"{finish_reason or self._finish_reason}"' + (
+            ',"token_ids":[]' if self._tells_ids else ""
+        )
         if self._is_chat:
             last = self._event('{"index":%d,"delta":{},' + reason + "}")
         else:
