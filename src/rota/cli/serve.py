@@ -10,11 +10,13 @@ import typer
 
 from rota.base.errors import ConfigError
 from rota.base.nearest import did_you_mean
-from rota.cli.flags import Json, Seed, at_least, at_least_zero, positive, writing
+from rota.cli.flags import Json, Seed, at_least_zero, positive, writing
 from rota.cli.keys import Keys, Tenancy, tenancy
 from rota.cli.output import print_json, say
 from rota.cli.ray_engines import LOCAL, RayChoice, ray_choice
+from rota.cli.roles_flag import Roles, refuse_roles_without_hand_off, roles_by_id
 from rota.cli.scale_flag import Scale, scaled
+from rota.cli.targets import fleet_of
 
 if TYPE_CHECKING:
     from rota.base.journal import Journal
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rota.serving.engines.engine import Engine
     from rota.serving.frontdoor.serve import Router, ServeConfig
     from rota.serving.live.fleet import Fleet
+    from rota.serving.model.instance import InstanceId, Role
     from rota.serving.stack import StackConfig
 
 VLLM, SIMULATED = "vllm", "simulated"
@@ -37,6 +40,10 @@ HandOff = Annotated[
     ),
 ]
 
+ModelFolder = Annotated[
+    Path | None, typer.Option("--model", help="Model folder for vLLM; a small packaged model if left out.")
+]
+
 TextCounts = Annotated[
     bool, typer.Option("--text-counts", help="Count each prompt's text (never keep it), to train and use `ranked`.")
 ]
@@ -47,12 +54,11 @@ def serve(
         list[str] | None,
         typer.Option(help="`vllm`, `simulated`, or the URL of a server that runs already (repeat for several)."),
     ] = None,
-    instances: Annotated[int, typer.Option(help="Number of vLLM or simulated engines.")] = 2,
+    instances: Annotated[int | None, typer.Option(help="Number of vLLM or simulated engines; 2 unless said.")] = None,
+    roles: Roles = None,
     scale: Scale = None,
     stack: Annotated[Path | None, typer.Option(help="Stack file (TOML): which policies decide.")] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Model folder for vLLM; a small packaged model if left out.")
-    ] = None,
+    model: ModelFolder = None,
     stock: Annotated[
         str | None, typer.Option(help="Run vLLM without our scheduler, under its own `fcfs` or `priority`.")
     ] = None,
@@ -89,13 +95,14 @@ def serve(
     policies here. A second Ctrl-C stops at once.
     """
     kinds = engine or [VLLM]
-    _check(kinds, on, port, stock)
-    num = at_least("--instances", instances, 1)
-    config, num = scaled(stack, scale, num, can_start=_kind(kinds[0]) != "url")
+    _check(kinds, on, port, stock, roles, hand_off)
+    fleet = fleet_of(instances, roles, default=2)
+    config, num = scaled(stack, scale, len(fleet), can_start=_kind(kinds[0]) != "url")
     known = tenancy(keys, config, stack, run_dir)
     _run(
         kinds=kinds,
         num_instances=num,
+        roles=roles_by_id("sim" if kinds[0] == SIMULATED else kinds[0], fleet, known.stack),
         stack_path=known.stack_path,
         stack=known.stack,
         model=model,
@@ -114,7 +121,9 @@ def serve(
     )
 
 
-def _check(kinds: Sequence[str], on: str, port: int, stock: str | None) -> None:
+def _check(
+    kinds: Sequence[str], on: str, port: int, stock: str | None, roles: str | None, hand_off: bool | None
+) -> None:
     if len({_kind(word) for word in kinds}) > 1 or (len(kinds) > 1 and _kind(kinds[0]) != "url"):
         raise ConfigError("--engine: give `vllm`, or `simulated`, or URLs, not a mixture")
     if not 0 <= port <= 65535:
@@ -123,6 +132,9 @@ def _check(kinds: Sequence[str], on: str, port: int, stock: str | None) -> None:
         raise ConfigError("--on: engines that run already are where they are", hint="leave --on or the URLs out")
     if stock is not None and stock not in STOCK:
         raise ConfigError(f"--stock: unknown scheduling policy {stock!r} of vLLM", hint=did_you_mean(stock, STOCK))
+    refuse_roles_without_hand_off(
+        roles, runs_already=_kind(kinds[0]) == "url", is_on_ray=on != LOCAL, stock=stock, hand_off=hand_off
+    )
 
 
 def _kind(word: str) -> str:
@@ -180,6 +192,7 @@ def _run(
     *,
     kinds: Sequence[str],
     num_instances: int,
+    roles: "dict[InstanceId, Role]",
     stack_path: Path | None,
     stack: Any,
     model: Path | None,
@@ -200,13 +213,11 @@ def _run(
 
     from rota.runtime.clocks import SystemClock
     from rota.runtime.live import LiveLoop
-    from rota.serving.assemble import SystemConfig, build
+    from rota.serving.assemble import build
     from rota.serving.frontdoor.serve import serve as serve_until_signal
 
     kind = _kind(kinds[0])
-    config = SystemConfig(stack=stack, seed=seed)
-    if kind == SIMULATED and ray is None:
-        config = _with_simulated(config, num_instances, profile)
+    config = _config(stack, seed, profile if kind == SIMULATED and ray is None else None, num_instances, roles)
     if kind == VLLM and stock is None:
         _refuse_what_vllm_cannot_host(stack)
     system = build(config)
@@ -223,7 +234,7 @@ def _run(
         elif kind == SIMULATED:
             engines, fleet = _simulated(loop, system, config, profile)
         elif kind == VLLM:
-            vllms = functools.partial(_vllm, at_most, stack_path, model, stock, options, run_dir, hand_off)
+            vllms = functools.partial(_vllm, at_most, stack_path, model, stock, options, run_dir, hand_off, bool(roles))
             engines, fleet = _vllms(vllms, num_instances)
         else:
             engines = _at(kinds)
@@ -234,6 +245,7 @@ def _run(
             machine=system.cluster,
             engines=engines,
             fleet=fleet,
+            roles=roles,
             num_ready=len(engines) if wait_for_all else 1,
             on_ready=lambda router: _announce(router, json),
         )
@@ -281,15 +293,20 @@ def _at(urls: Sequence[str]) -> "Sequence[Engine]":
     return [OpenAIEngine(InstanceId(f"e{index}"), url) for index, url in enumerate(urls)]
 
 
-def _with_simulated(config: "SystemConfig", num_instances: int, profile: str) -> "SystemConfig":
-    import msgspec
-
-    from rota.serving.model.instance import InstanceId, InstanceSpec
+def _config(
+    stack: "StackConfig", seed: int, profile: str | None, num_instances: int, roles: "dict[InstanceId, Role]"
+) -> "SystemConfig":
+    """What the journal's header has. Engines whose steps are ours are in it: those of a `profile`."""
+    from rota.serving.assemble import SystemConfig
+    from rota.serving.model.instance import InstanceId, InstanceSpec, Role
     from rota.serving.predictors.step_time.profiles import load_profile
 
+    if profile is None:
+        return SystemConfig(stack=stack, seed=seed)
     limits = load_profile(profile).instance_limits()
-    specs = tuple(InstanceSpec(InstanceId(f"sim-{index}"), limits) for index in range(num_instances))
-    return msgspec.structs.replace(config, instances=specs)
+    ids = [InstanceId(f"sim-{index}") for index in range(num_instances)]
+    specs = tuple(InstanceSpec(each, limits, role=roles.get(each, Role.MIXED)) for each in ids)
+    return SystemConfig(stack=stack, instances=specs, seed=seed)
 
 
 def _simulated(
@@ -301,7 +318,8 @@ def _simulated(
 
     facts = load_profile(profile)
     predictor, overhead = facts.predictor(), facts.step_overhead()
-    engines = simulated_engines(loop, system, config, predictor, step_overhead=overhead)
+    hands_over = bool(config.roles)
+    engines = simulated_engines(loop, system, config, predictor, step_overhead=overhead, hands_over=hands_over)
     return engines, LocalFleet(
         lambda instance_id: one_more(loop, config, instance_id, predictor, step_overhead=overhead)
     )
@@ -324,6 +342,7 @@ def _vllm(
     options: dict[str, Any],
     run_dir: Path,
     hand_off: bool | None,
+    has_roles: bool,
     names: Sequence[str],
 ) -> "Sequence[Engine]":
     """One engine for each name, of `num_at_most` that there may be in all."""
@@ -342,7 +361,7 @@ def _vllm(
     engines: list[Engine] = []
     plugin = stock is None
     sockets = [run_dir / f"{name}.sock" for name in names]
-    hands_off = _hands_off(hand_off, plugin, stack_path, sockets, num_at_most)
+    hands_off = _hands_off(hand_off, plugin, stack_path, sockets, num_at_most, has_roles=has_roles)
     for name, control_socket in zip(names, sockets, strict=True):
         instance_id = InstanceId(name)
         server = VllmServer(
@@ -377,10 +396,16 @@ def _vllm(
 
 
 def _hands_off(
-    wanted: bool | None, plugin: bool, stack_path: Path | None, sockets: Sequence[Path], num_at_most: int
+    wanted: bool | None,
+    plugin: bool,
+    stack_path: Path | None,
+    sockets: Sequence[Path],
+    num_at_most: int,
+    *,
+    has_roles: bool = False,
 ) -> bool:
-    """Whether engines with these control sockets are to hand requests over. Raises `ConfigError` where that is wanted
-    and cannot be."""
+    """Whether engines with these control sockets are to hand requests over. Raises `ConfigError` where that is wanted,
+    or roles need it, and it cannot be."""
     from importlib.util import find_spec
 
     from rota.serving.engines.vllm.control import PATH_BYTES_MAX
@@ -399,6 +424,7 @@ def _hands_off(
         ),
     }
     why_not = next((why for why, holds in obstacles.items() if holds), None)
-    if wanted and why_not is not None:
-        raise ConfigError(f"--hand-off: {why_not}")
+    if (wanted or has_roles) and why_not is not None:
+        flag = "--roles: blocks cannot go from engine to engine" if has_roles else "--hand-off"
+        raise ConfigError(f"{flag}: {why_not}")
     return why_not is None and wanted is not False

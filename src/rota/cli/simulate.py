@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rota.base.errors import ConfigError
 from rota.cli.flags import Json, Seed, at_least, positive, refuse_unwritable, writing
 from rota.cli.output import Progress, print_json, print_table, say, warn
-from rota.cli.targets import roles_of, slo_of
+from rota.cli.targets import fleet_of, slo_of
 
 if TYPE_CHECKING:
-    from rota.serving.api import InstanceLimits, Role
+    from rota.serving.api import InstanceLimits
     from rota.serving.metrics.summary import GroupSummary, Summary
     from rota.serving.sim.run import SimulationConfig, SimulationResult
 
@@ -68,7 +67,7 @@ def simulate(
 
     config = SimulationConfig(
         trace=trace,
-        roles=_fleet(instances, roles),
+        roles=fleet_of(instances, roles, default=1),
         profile=profile,
         stack=load_stack(stack),
         seed=seed,
@@ -96,18 +95,6 @@ def simulate(
     print_json(summary) if json else _print(summary)
     if summary.num_rejected or summary.num_failed:
         warn(f"{summary.num_rejected} requests were rejected and {summary.num_failed} failed; latencies leave them out")
-
-
-def _fleet(instances: int | None, roles: str | None) -> "tuple[Role, ...]":
-    """One role an instance."""
-    from rota.serving.api import Role
-
-    if roles is None:
-        return (Role.MIXED,) * at_least("--instances", 1 if instances is None else instances, 1)
-    given = roles_of("--roles", roles)
-    if instances not in (None, len(given)):
-        raise ConfigError(f"--roles: gives {len(given)} instances, and --instances says {instances}")
-    return given
 
 
 def _warn_of_input(result: "SimulationResult", trace: Path, *, is_given: bool) -> None:

@@ -6,6 +6,7 @@ import math
 from rota.base.errors import ConfigError
 from rota.base.instant import milliseconds
 from rota.base.nearest import did_you_mean
+from rota.cli.flags import at_least
 from rota.serving.model.instance import Role
 from rota.serving.model.request import SLO
 
@@ -53,6 +54,16 @@ def roles_of(flag: str, text: str) -> tuple[Role, ...]:
             raise ConfigError(f"{flag}: {name} is given twice")
         roles += [Role(name)] * int(count)
     return tuple(roles)
+
+
+def fleet_of(instances: int | None, roles: str | None, *, default: int) -> tuple[Role, ...]:
+    """One role an instance, as `--instances` and `--roles` have it. Raises `ConfigError` where they disagree."""
+    if roles is None:
+        return (Role.MIXED,) * at_least("--instances", default if instances is None else instances, 1)
+    given = roles_of("--roles", roles)
+    if instances not in (None, len(given)):
+        raise ConfigError(f"--roles: gives {len(given)} instances, and --instances says {instances}")
+    return given
 
 
 def promise_of(flag: str, text: str) -> tuple[SLO, float]:

@@ -1,7 +1,7 @@
 """The one place where a system is put together: command line, simulator, live host, replay and tests all call
 `build`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ class SystemConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     instances: tuple[InstanceSpec, ...] = ()
     """Engines whose steps our machines decide. The router learns of instances from events, these and others alike."""
     seed: int = 0
+
+    @property
+    def roles(self) -> dict[InstanceId, Role]:
+        """Of the instances that are not for both phases."""
+        return {spec.id: spec.role for spec in self.instances if spec.role is not Role.MIXED}
 
 
 ROW_TYPES: RowTypes = {CLUSTER: (ClusterEvent, ClusterCommand), "instance/": (InstanceEvent, InstanceCommand)}
@@ -76,7 +81,7 @@ def instance_name(instance_id: InstanceId, incarnation: int = 0) -> str:
 
 def build(config: SystemConfig, lengths: LengthServices = LIVE) -> System:
     """Put the machines of a run together. Raises `ConfigError` or `CapabilityError` for a stack that cannot be."""
-    refuse_roles(config.stack, config.instances)
+    refuse_roles(config.stack, config.roles)
     ids = [spec.id for spec in config.instances]
     if len(set(ids)) != len(ids):
         raise ConfigError(f"two instances have the same id, in {', '.join(sorted(ids))}")
@@ -86,32 +91,31 @@ def build(config: SystemConfig, lengths: LengthServices = LIVE) -> System:
     )
 
 
-def refuse_roles(stack: StackConfig, instances: Sequence[InstanceSpec]) -> None:
+def refuse_roles(stack: StackConfig, roles: Mapping[InstanceId, Role]) -> None:
     """Raise `ConfigError` where instances have roles that the stack's dispatch policy does not look at, or that its
     scaling policy could not tell apart; or where requests would leave an engine that swaps."""
     if stack.swap:
-        refuse_moves(stack, instances, "an engine that swaps")
-    given = next((spec for spec in instances if spec.role is not Role.MIXED), None)
-    if given is not None and stack.scaling != "none":
+        refuse_moves(stack, roles, "an engine that swaps")
+    instance_id, role = next(iter(roles.items()), (None, None))
+    if role is not None and stack.scaling != "none":
         raise ConfigError(
-            f"instance {given.id} is for {given.role} only, and scaling policy {stack.scaling!r} starts mixed ones",
+            f"instance {instance_id} is for {role} only, and scaling policy {stack.scaling!r} starts mixed ones",
             hint='leave scaling = "none" where instances have roles',
         )
     registry = REGISTRIES["dispatch"]
-    if given is None or getattr(registry.load(stack.dispatch), "reads_roles", False):
+    if role is None or getattr(registry.load(stack.dispatch), "reads_roles", False):
         return
     able = [name for name in registry.names() if getattr(registry.load(name), "reads_roles", False)]
     raise ConfigError(
-        f"instance {given.id} is for {given.role} only, and dispatch policy {stack.dispatch!r} does not look at roles",
+        f"instance {instance_id} is for {role} only, and dispatch policy {stack.dispatch!r} does not look at roles",
         hint=f"dispatch policies that do: {', '.join(able)}",
     )
 
 
-def refuse_moves(stack: StackConfig, instances: Sequence[InstanceSpec], engine: str) -> None:
+def refuse_moves(stack: StackConfig, roles: Mapping[InstanceId, Role], engine: str) -> None:
     """Raise `ConfigError` where requests would have to leave an engine that cannot let them go."""
-    has_roles = any(spec.role is not Role.MIXED for spec in instances)
-    if has_roles or stack.migration != "none":
-        policy = f"dispatch policy {stack.dispatch!r}" if has_roles else f"migration policy {stack.migration!r}"
+    if roles or stack.migration != "none":
+        policy = f"dispatch policy {stack.dispatch!r}" if roles else f"migration policy {stack.migration!r}"
         raise ConfigError(
             f"{engine} cannot let requests go, as {policy} would",
             hint="simulate roles and migrations with the model engine, without [swap]",

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -20,7 +21,9 @@ from rota.serving.frontdoor.scaling import Scaling
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.fleet import Fleet
 from rota.serving.live.watch import EngineWatch, WatchSettings
-from rota.serving.model.instance import InstanceId
+from rota.serving.model.instance import InstanceId, Role
+
+_NO_ROLES: Mapping[InstanceId, Role] = MappingProxyType({})
 
 _log = logging.getLogger(__name__)
 
@@ -59,12 +62,15 @@ class Router:
         machine: ClusterMachine,
         engines: Sequence[Engine],
         fleet: Fleet | None = None,
+        roles: Mapping[InstanceId, Role] = _NO_ROLES,
     ) -> None:
-        """`fleet` starts and stops instances where the machine's stack scales them. Raises `ConfigError` for a stack
-        that does without one."""
+        """`fleet` starts and stops instances where the machine's stack scales them; raises `ConfigError` for such a
+        stack without one. `roles` are those of the engines that are not for both phases."""
         self.config = config
         self.engines = list(engines)
-        self.cluster = LiveCluster(loop, machine, engines, first_byte_timeout_seconds=config.first_byte_timeout_seconds)
+        self.cluster = LiveCluster(
+            loop, machine, engines, first_byte_timeout_seconds=config.first_byte_timeout_seconds, roles=roles
+        )
         self.watches = [EngineWatch(engine, self.cluster, config.watch) for engine in engines]
         self.door = FrontDoor(
             self.cluster,
@@ -206,6 +212,7 @@ async def serve(
     machine: ClusterMachine,
     engines: Sequence[Engine],
     fleet: Fleet | None = None,
+    roles: Mapping[InstanceId, Role] = _NO_ROLES,
     num_ready: int = 1,
     on_ready: Callable[[Router], None] = lambda router: None,
 ) -> None:
@@ -222,7 +229,7 @@ async def serve(
     running = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         running.add_signal_handler(number, signalled)
-    router = Router(config, loop, machine, engines, fleet)
+    router = Router(config, loop, machine, engines, fleet, roles)
     try:
         async with router:
             if await _unless(stopping, router.wait_ready(num_ready)):

@@ -8,7 +8,8 @@ the request's terms travel (`Request.movable`); otherwise it ends with an error.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -36,6 +37,7 @@ from rota.serving.model.commands import (
     Migrate,
     MoveRefused,
     Reject,
+    SetRole,
     StartInstance,
     StopInstance,
     Way,
@@ -51,7 +53,7 @@ from rota.serving.model.events import (
     RequestArrived,
     RequestFailed,
 )
-from rota.serving.model.instance import InstanceId, InstanceReport, SequenceReport
+from rota.serving.model.instance import InstanceId, InstanceReport, Role, SequenceReport
 from rota.serving.model.request import RequestId
 
 _WAIT_TOLD = milliseconds(50)
@@ -74,9 +76,11 @@ class LiveCluster:
         first_byte_timeout_seconds: float | None = None,
         answer_bytes_max: int = 64 * 1024 * 1024,
         breaker: BreakerRule | None = None,
+        roles: Mapping[InstanceId, Role] = MappingProxyType({}),
     ) -> None:
         """`first_byte_timeout_seconds` is how long an engine may be silent before its attempt is given up as hung: for
-        a stream the time to its first byte, otherwise to the whole answer. None is for ever."""
+        a stream the time to its first byte, otherwise to the whole answer. None is for ever. `roles` are those of the
+        engines that have one; no engine knows its own, since each can do both."""
         self.loop = loop
         self.machine = machine
         self.engines: dict[InstanceId, Engine] = {engine.id: engine for engine in engines}
@@ -88,6 +92,8 @@ class LiveCluster:
         """The instances that are well, and what they are."""
         self.drained: set[InstanceId] = set()
         """The instances that were told to take nothing new, whether they are well or not."""
+        self.roles: dict[InstanceId, Role] = dict(roles)
+        """What each instance is for. Who is not here is for both."""
         self.moves = Moves(self)
         self._asking: set[asyncio.Task[None]] = set()
         self._breakers = {engine_id: CircuitBreaker(breaker or BreakerRule()) for engine_id in self.engines}
@@ -192,9 +198,23 @@ class LiveCluster:
 
     def started(self, status: EngineStatus) -> None:
         """An instance is well, for the first time or again. One that was drained stays out."""
-        self.statuses[status.spec.id] = status
-        if status.spec.id not in self.drained:
-            self.tell(InstanceStarted(status.spec))
+        spec = msgspec.structs.replace(status.spec, role=self.roles.get(status.spec.id, Role.MIXED))
+        self.statuses[spec.id] = msgspec.structs.replace(status, spec=spec)
+        if spec.id not in self.drained:
+            self.tell(InstanceStarted(spec))
+
+    def _set_role(self, command: SetRole) -> None:
+        """An instance that has nothing left is for something else from now on. It computes as before, so this is done
+        at once; one that is drained by hand or not well has its new role when it is back."""
+        instance_id = command.instance_id
+        self.roles[instance_id] = command.role
+        status = self.statuses.get(instance_id)
+        if status is None:
+            return
+        spec = msgspec.structs.replace(status.spec, role=command.role)
+        self.statuses[instance_id] = msgspec.structs.replace(status, spec=spec)
+        if self.takes_requests(instance_id):
+            self.tell(InstanceStarted(spec))
 
     def lost(self, instance_id: InstanceId, reason: str) -> None:
         """An instance died or cannot be reached: its requests are reported one by one."""
@@ -364,6 +384,8 @@ class LiveCluster:
                 flight.client.on_failed(command.reason, flight.answer)
         elif isinstance(command, StartInstance | StopInstance):
             self.on_fleet(command)
+        elif isinstance(command, SetRole):
+            self._set_role(command)
         elif isinstance(command, Migrate | MoveRefused | CopyOut | HandOver | Commit | AbortMigration):
             self.moves.carry_out(command)
 

@@ -132,9 +132,9 @@ class SimulatedCluster:
         self.predictions = Predictions(self._truth)
         self._arrivals: Iterator[tuple[Request, int]] = iter(arrivals)
         self._open: dict[RequestId, OpenRequest] = {}
-        refuse_roles(config.stack, config.instances)
+        refuse_roles(config.stack, config.roles)
         if engine == "vllm":
-            refuse_moves(config.stack, config.instances, "vLLM's scheduler object")
+            refuse_moves(config.stack, config.roles, "vLLM's scheduler object")
         self._instances: dict[InstanceId, SimulatedInstance] = {}
         self._retired: list[SimulatedMachine] = []
         self._specs = {spec.id: spec for spec in config.instances}
