@@ -172,12 +172,15 @@ def _drawn(now: "Picture", name: str) -> "Iterator[Table]":
         ("under way", "finished per second", "finished", "refused", "failed"),
         [(now.num_unfinished, _short(now.finished_per_second), now.num_finished, now.num_refused, now.num_failed)],
     )
+    has_roles = ["role"] if any(each.role != "mixed" for each in now.instances) else []
     yield _table(
         "instances",
-        ("instance", "state", "running", "waiting", "KV held", "preemptions", "prefill/step", "decode/step", "step ms"),
+        ("instance", *has_roles, "state", "running", "waiting", "KV held", "preemptions", "prefill/step", "decode/step",
+         "step ms"),
         [
-            (each.id, each.state, each.num_running, each.num_waiting, _percent(each.kv_use), each.num_preemptions,
-             _short(each.prefill_tokens_per_step), _short(each.decode_tokens_per_step), _short(each.step_ms))
+            (each.id, *(str(each.role) for _ in has_roles), each.state, each.num_running, each.num_waiting,
+             _percent(each.kv_use), each.num_preemptions, _short(each.prefill_tokens_per_step),
+             _short(each.decode_tokens_per_step), _short(each.step_ms))
             for each in now.instances
         ],
     )  # fmt: skip

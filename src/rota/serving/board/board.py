@@ -98,7 +98,7 @@ class Board:
             case ClientLeft(request_id):
                 self._forget(request_id)
             case InstanceStarted(spec):
-                self._instance(spec.id).started(spec.limits.num_blocks)
+                self._instance(spec.id).started(spec.limits.num_blocks, spec.role)
             case InstanceLost(instance_id):
                 self._instance(instance_id).state = "lost"
             case InstanceDraining(instance_id):

@@ -4,7 +4,7 @@ from rota.base.instant import Instant, to_milliseconds, to_seconds
 from rota.base.journal import Row
 from rota.serving.board.picture import InstanceNow
 from rota.serving.model.commands import RunStep
-from rota.serving.model.instance import InstanceId, InstanceReport
+from rota.serving.model.instance import InstanceId, InstanceReport, Role
 from rota.serving.timelines import Residents
 
 STEPS_SHOWN = 20
@@ -17,6 +17,7 @@ class ShownInstance:
         self.state = "ready"
         self.report: InstanceReport | None = None
         self._residents: Residents | None = None
+        self._role = Role.MIXED
         self._num_blocks = 0
         self._num_free_blocks: int | None = None
         self._num_preemptions = 0
@@ -25,8 +26,9 @@ class ShownInstance:
         self._step_ms: float | None = None
         self._totals = (0, 0.0, 0, 0)
 
-    def started(self, num_blocks: int) -> None:
+    def started(self, num_blocks: int, role: Role) -> None:
         """It came, or came back with nothing."""
+        self._role = role
         self.state, self.report, self._residents = "ready", None, None
         self._num_blocks, self._num_free_blocks = num_blocks, None
         self._totals = (0, 0.0, 0, 0)
@@ -85,6 +87,7 @@ class ShownInstance:
             decode_tokens_per_step=self._decode,
             step_ms=self._step_ms,
             report_age_seconds=age,
+            role=self._role,
         )
 
 

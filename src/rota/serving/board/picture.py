@@ -2,7 +2,7 @@
 
 import msgspec
 
-from rota.serving.model.instance import InstanceId
+from rota.serving.model.instance import InstanceId, Role
 from rota.serving.model.request import RequestId, TenantId
 
 
@@ -22,6 +22,7 @@ class InstanceNow(msgspec.Struct, frozen=True):
     step_ms: float | None
     report_age_seconds: float | None
     """How old that is."""
+    role: Role = Role.MIXED
 
 
 class TenantNow(msgspec.Struct, frozen=True):

@@ -58,7 +58,9 @@ class InstanceAdmin:
             state = "draining" if num_requests else "drained"
         else:
             state = "ready" if instance_id in self._cluster.statuses else "unavailable"
-        return {"id": instance_id, "object": "instance", "state": state, "num_requests": num_requests}
+        told = {"id": instance_id, "object": "instance", "state": state, "num_requests": num_requests}
+        role = self._cluster.roles.get(instance_id)
+        return told if role is None else {**told, "role": role}
 
 
 class RequestAdmin:

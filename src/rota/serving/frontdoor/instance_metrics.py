@@ -1,5 +1,5 @@
 """What `/metrics` says of each instance, read when the page is asked for. The one label is the instance (and, for
-reports, one of two sources), so the page is as long as the list of engines."""
+reports, one of two sources; in a fleet with roles, its role), so the page is as long as the list of engines."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from rota.base.instant import to_seconds
 from rota.serving.engines.engine import StepTotals
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.watch import EngineWatch
-from rota.serving.model.instance import InstanceId, InstanceReport
+from rota.serving.model.instance import InstanceId, InstanceReport, Role
 
 _LABEL = ("instance",)
 
@@ -50,6 +50,11 @@ class InstanceCollector(Collector):
         yield _gauge("num_requests_in_flight", "Dispatched and not yet ended", cluster.num_in_flight())
         ready = {name: cluster.takes_requests(name) for name in ids}
         yield _gauge("instance_ready", "1 if the instance takes requests", ready)
+        if cluster.roles:
+            roles = GaugeMetricFamily("rota:instance_role", "1 for what it is for", labels=("instance", "role"))
+            for each in ids:
+                roles.add_metric((each, cluster.roles.get(each, Role.MIXED)), 1)
+            yield roles
         reports = CounterMetricFamily(
             "rota:instance_reports", "Reports of load, by where they came from", labels=("instance", "source")
         )
