@@ -170,12 +170,14 @@ class InstanceView(Protocol):
     @property
     def running(self) -> Sequence[SequenceReport]:
         """Those who run, in order of admission, by the last report; without those known to have ended or left since.
-        Empty where the instance does not tell of them."""
+        Empty where the instance does not tell of them. Never written to; at the router the same object until
+        it changes."""
         ...
 
     @property
     def waiting(self) -> Sequence[SequenceReport]:
-        """The first of those who wait, in queue order, by the last report; without those known to have ended since."""
+        """The first of those who wait, in queue order, by the last report; without those known to have ended since.
+        The same object until it changes, as `running`."""
         ...
 
     @property

@@ -19,6 +19,8 @@ class InstanceLedger:
     __slots__ = (
         "_num_tokens_of",
         "_resuming",
+        "_running",
+        "_waiting",
         "id",
         "is_flipping",
         "max_prompt_tokens",
@@ -54,6 +56,8 @@ class InstanceLedger:
         """To decode here when their first token has come elsewhere."""
         self._num_tokens_of: dict[RequestId, int] = {}
         self._resuming: set[RequestId] = set()
+        self._running: tuple[SequenceReport, ...] | None = ()
+        self._waiting: tuple[SequenceReport, ...] | None = ()
         self.view = InstanceReading(self, prefix_index)
 
     @property
@@ -70,9 +74,40 @@ class InstanceLedger:
         """Resumed here, and the next token was not seen yet."""
         return len(self._resuming)
 
-    def still_here(self, reported: Sequence[SequenceReport]) -> Sequence[SequenceReport]:
-        """Those of a report that have not ended or left since, as far as the router knows."""
-        return [each for each in reported if each.request_id in self._num_tokens_of]
+    @property
+    def running(self) -> tuple[SequenceReport, ...]:
+        """Those who run by the last report and have not ended or left since, as far as the router knows. The same
+        object until that changes, so that a policy can tell by it that there is nothing new to read."""
+        if self._running is None:
+            self._running = () if self.report is None else self._still_here(self.report.running)
+        return self._running
+
+    @property
+    def waiting(self) -> tuple[SequenceReport, ...]:
+        """As `running`, of those who wait."""
+        if self._waiting is None:
+            self._waiting = () if self.report is None else self._still_here(self.report.waiting)
+        return self._waiting
+
+    def _still_here(self, reported: tuple[SequenceReport, ...]) -> tuple[SequenceReport, ...]:
+        here = [each for each in reported if each.request_id in self._num_tokens_of]
+        return reported if len(here) == len(reported) else tuple(here)
+
+    @property
+    def _misses_some(self) -> bool:
+        """Whether one of those that the report tells of is not shown, since it left; it might come back."""
+        report = self.report
+        return report is not None and (self._running is not report.running or self._waiting is not report.waiting)
+
+    def _changed(self, request_id: RequestId) -> None:
+        """A request came or went: what is shown of the report is looked up anew if that tells of this one."""
+        report = self.report
+        if report is None:
+            return
+        if self._running is not None and _tells_of(report.running, request_id):
+            self._running = None
+        if self._waiting is not None and _tells_of(report.waiting, request_id):
+            self._waiting = None
 
     def num_tokens_reported(self, request_id: RequestId) -> int:
         """Known tokens of one who runs here, by the last report; 0 where that does not tell of it."""
@@ -97,6 +132,7 @@ class InstanceLedger:
         self.spec = spec
         self.max_prompt_tokens = max_prompt_tokens(spec)
         self.report = None
+        self._running = self._waiting = ()
 
     def debit(self, request: Request, num_tokens: int, *, is_resuming: bool = False) -> None:
         """The request came here: so many tokens of it are outstanding."""
@@ -106,6 +142,8 @@ class InstanceLedger:
         self.num_outstanding_tokens += num_tokens
         if is_resuming:
             self._resuming.add(request_id)
+        if self._misses_some:
+            self._changed(request_id)
 
     def first_token(self, request_id: RequestId) -> bool:
         """The known tokens are computed: what is left of the request is one token a step. Returns whether it was
@@ -119,6 +157,7 @@ class InstanceLedger:
         it was resumed here, so that its place is free for the next one."""
         self.num_outstanding_tokens -= self._num_tokens_of.pop(request.id)
         self.num_booked_tokens -= request.num_prompt_tokens
+        self._changed(request.id)
         return self._resumed(request.id)
 
     def expect(self, request: Request, sign: int = 1) -> None:
@@ -138,6 +177,11 @@ class InstanceLedger:
             return
         if self.report is None or report.observed_at > self.report.observed_at:
             self.report = report
+            self._running = self._waiting = None
+
+
+def _tells_of(reported: tuple[SequenceReport, ...], request_id: RequestId) -> bool:
+    return any(each.request_id == request_id for each in reported)
 
 
 class InstanceReading:
@@ -184,13 +228,11 @@ class InstanceReading:
 
     @property
     def running(self) -> Sequence[SequenceReport]:
-        report = self._ledger.report
-        return () if report is None else self._ledger.still_here(report.running)
+        return self._ledger.running
 
     @property
     def waiting(self) -> Sequence[SequenceReport]:
-        report = self._ledger.report
-        return () if report is None else self._ledger.still_here(report.waiting)
+        return self._ledger.waiting
 
     @property
     def max_num_seqs(self) -> int:
