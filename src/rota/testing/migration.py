@@ -9,7 +9,7 @@ from msgspec import structs
 
 from rota.base.errors import LawBroken
 from rota.base.instant import Instant, after, seconds
-from rota.serving.api import Capability, InstanceId, MigrationPolicy, Move, RequestId, SequenceReport
+from rota.serving.api import Capability, InstanceId, MigrationPolicy, Move, ReportObserver, RequestId, SequenceReport
 from rota.testing.dispatch import (
     ClusterSample,
     InstanceSample,
@@ -52,6 +52,8 @@ def check_migration_policy(factory: Callable[[], MigrationPolicy], *, max_exampl
     * its destination is shown, is not the source, and does not drain; it has a reason (law 11);
     * there is no move where none can be: with one instance, with nobody who runs, with everybody on the way;
     * two fresh policies that are asked the same give the same answers, and so does one at another time (law 8);
+    * where it reads ahead (`ReportObserver`), it answers as one that was told nothing, also if what it read has changed
+      since without a word to it (law 8);
     * nothing that is shown is written to (law 13);
     * in a world that stands still, in which moves come off at once where there is room, it comes to rest: nobody is
       sent to and fro for ever (law 7).
@@ -77,6 +79,19 @@ def check_migration_policy(factory: Callable[[], MigrationPolicy], *, max_exampl
                 raise LawBroken(f"law 8: at another time it answered {at_another_time}, before that {moves}")
 
     @settings(max_examples=max_examples, deadline=None)
+    @given(asked=st.lists(clusters_of_movable(), min_size=1, max_size=4))
+    def reading_ahead_changes_nothing(asked: list[Shown]) -> None:
+        ahead, anew = factory(), factory()
+        assert isinstance(ahead, ReportObserver)
+        for cluster, moving in asked:
+            for view in cluster.instances:
+                ahead.instance_reported(view)
+            for shown in (cluster, _one_ended(cluster)):
+                moves, told_nothing = _ask(ahead, shown, moving), _ask(anew, shown, moving)
+                if moves != told_nothing:
+                    raise LawBroken(f"law 8: having read ahead it answered {moves}, else {told_nothing}")
+
+    @settings(max_examples=max_examples, deadline=None)
     @given(shown=clusters_of_movable(all_tell=True, some_move=False))
     def nothing_moves_where_nothing_can(shown: Shown) -> None:
         cluster, _ = shown
@@ -92,6 +107,8 @@ def check_migration_policy(factory: Callable[[], MigrationPolicy], *, max_exampl
         settled(factory(), shown[0])
 
     moves_are_sound_and_repeatable()
+    if isinstance(policy, ReportObserver):
+        reading_ahead_changes_nothing()
     nothing_moves_where_nothing_can()
     comes_to_rest()
 
@@ -195,6 +212,23 @@ def _later(cluster: ClusterSample) -> ClusterSample:
         observed_at = None if view.observed_at is None else after(view.observed_at, _MONTH)
         instances.append(replace(view, observed_at=observed_at))
     return ClusterSample(after(cluster.now, _MONTH), tuple(instances))
+
+
+def _one_ended(cluster: ClusterSample) -> ClusterSample:
+    """The same cluster at the same time, after the first who runs ended at each instance, with no report since."""
+    instances = []
+    for view in cluster.instances:
+        assert isinstance(view, InstanceSample)
+        ended = len(view.running[:1])
+        instances.append(
+            replace(
+                view,
+                running=view.running[1:],
+                num_outstanding_requests=view.num_outstanding_requests - ended,
+                num_outstanding_tokens=view.num_outstanding_tokens - ended,
+            )
+        )
+    return ClusterSample(cluster.now, tuple(instances))
 
 
 def _nobody_runs(cluster: ClusterSample) -> tuple[InstanceSample, ...]:

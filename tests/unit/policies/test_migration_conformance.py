@@ -127,6 +127,22 @@ class ToAndFro(Broken):
                 yield move
 
 
+class BelievesWhatItRead(Broken):
+    """Reads ahead, and does not look whether it still holds."""
+
+    def __init__(self):
+        self.read = {}
+
+    def instance_reported(self, instance):
+        self.read[instance.id] = len(instance.running)
+
+    def moves(self, cluster, moving):
+        for move in super().moves(cluster, moving):
+            here = next(each for each in cluster.instances if each.id == move.source)
+            if self.read.get(move.source, len(here.running)) % 2:
+                yield move
+
+
 class MagicNeeded(Broken):
     requires = frozenset({"magic"})
 
@@ -149,6 +165,7 @@ BROKEN = {
     SharesItsMemory: "law 8",
     ByTheDateOfRelease: "law 8: at another time",
     ToAndFro: "law 7",
+    BelievesWhatItRead: "law 8: having read ahead",
     MagicNeeded: "Capability values",
     NeverSaysWhen: "interval_seconds",
 }

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from rota.base.instant import Duration, Instant
 from rota.serving.api.decisions import Admission, Flip, Move, OnRefusal, Pick, Pool, Refusal, Start, Stop
-from rota.serving.api.views import ClusterView, EngineView, FleetView, MemoryView, SequenceView
+from rota.serving.api.views import ClusterView, EngineView, FleetView, InstanceView, MemoryView, SequenceView
 from rota.serving.model.capabilities import EngineCapabilities
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request, RequestId
@@ -224,6 +224,20 @@ class MigrationPolicy(Protocol):
 
         What it sees is late. Before each move the machine looks again: the request must run at the source, and the
         destination be ready. A move that fails this is dropped, with its reason in the counts."""
+        ...
+
+
+@runtime_checkable
+class ReportObserver(Protocol):
+    """A migration policy that reads ahead: what it reads of an instance when that reports, it need not read in the
+    round, which is short for it."""
+
+    def instance_reported(self, instance: InstanceView) -> None:
+        """A report of an instance was taken, or one of its requests ended or left. Called after the event, once for
+        each instance that it changed.
+
+        It is an occasion, not a duty of the caller's: a policy must decide the same whether it was called or not, so
+        check in the round that what was read still holds (`running` and `waiting` are then the same objects)."""
         ...
 
 

@@ -15,6 +15,7 @@ from rota.serving.api import (
     MigrationPolicy,
     Move,
     Pick,
+    ReportObserver,
     RoleFlipper,
     ScalingPolicy,
     Start,
@@ -97,6 +98,12 @@ def tell_end(policy: EndObserver, request: Request, num_output_tokens: int | Non
     """A request ended, with so many output tokens if that is known."""
     with Asked(policy, f"the end of request {request.id}"):
         policy.request_ended(request, num_output_tokens)
+
+
+def tell_report(policy: ReportObserver, instance: InstanceView) -> None:
+    """What is shown of an instance's sequences has changed."""
+    with Asked(policy, f"what {instance.id} reports"):
+        policy.instance_reported(instance)
 
 
 def _check_pick(asked: Asked, pick: Pick, candidates: Sequence[InstanceView]) -> None:

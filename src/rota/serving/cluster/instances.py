@@ -13,6 +13,9 @@ from rota.serving.model.capabilities import Capability
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceReport, InstanceSpec
 from rota.serving.model.request import RequestId
 
+OPEN_STATES = (InstanceState.READY, InstanceState.DRAINING)
+"""An instance in one of these has requests, or may get some."""
+
 
 class InstanceBook:
     """One ledger for each instance, from its first start until it is forgotten."""
@@ -31,6 +34,9 @@ class InstanceBook:
         """Prompt tokens that the largest instance ever seen can take; None before the first."""
         self._max_prompt_everywhere = 0
         """Prompt tokens that every ready instance can take."""
+        self.changed: dict[InstanceId, InstanceLedger] | None = None
+        """Instances of which a report came, or a request ended or left, since whoever wants to know looked last; None
+        where nobody does."""
         self._prefix_index = prefix_index
         self._max_outstanding = max_outstanding
 
@@ -60,6 +66,8 @@ class InstanceBook:
         ledger = self.ledgers.get(report.instance_id)
         if ledger is not None:
             ledger.take_report(report)
+            if self.changed is not None:
+                self.changed[ledger.id] = ledger
 
     def assign(self, tracked: TrackedRequest, instance_id: InstanceId) -> None:
         """The request is this instance's from here on, with its prompt and what it has generated."""
@@ -86,6 +94,8 @@ class InstanceBook:
             ledger = self.ledgers[tracked.instance_id]
             tracked.instance_id = None
             self.is_place_free |= ledger.credit(tracked.request) or self._max_outstanding is not None
+            if self.changed is not None:
+                self.changed[ledger.id] = ledger
             self.forget_if_over(ledger)
 
     def book(self, tracked: TrackedRequest, instance_id: InstanceId) -> None:
@@ -122,8 +132,7 @@ class InstanceBook:
         ledgers = _by_id(self.ledgers.values())
         self.ready = tuple(ledger for ledger in ledgers if ledger.state == InstanceState.READY)
         self.ready_views = tuple(ledger.view for ledger in self.ready)
-        open_states = (InstanceState.READY, InstanceState.DRAINING)
-        self.open_views = tuple(ledger.view for ledger in ledgers if ledger.state in open_states)
+        self.open_views = tuple(ledger.view for ledger in ledgers if ledger.state in OPEN_STATES)
         self._max_prompt_everywhere = min((ledger.max_prompt_tokens for ledger in self.ready), default=0)
 
     def candidates(self, tracked: TrackedRequest, max_resuming: int) -> Sequence[InstanceView]:

@@ -75,12 +75,31 @@ class Load:
         )
 
 
-_Read = tuple[Instant | None, int, Load, float]
+@dataclass(slots=True)
+class _Told:
+    """What the sequences of an instance come to."""
+
+    running: Sequence[SequenceReport]
+    waiting: Sequence[SequenceReport]
+    block_size: int
+    num_held: int = 0
+    """Tokens of capacity that those who run use."""
+    num_high: int = 0
+    num_in_prefill: int = 0
+    """Tokens of those who run and whose prompt is being computed."""
+    num_waiting: int = 0
+    """Tokens that those who wait demand."""
+    num_head: int = 0
+    """Tokens of capacity that the first of them demands."""
+
+
+_Known = tuple[Instant | None, int, Sequence[SequenceReport], Sequence[SequenceReport], int, bool]
+_Read = tuple[_Known, Load, float, _Told | None]
 
 
 class Freeness:
-    """Reads loads off views. It remembers each until a report comes or what is outstanding changes, because looking at
-    every sequence for every decision costs more than a decision may. A dispatch changes that, and so does an end."""
+    """Reads loads off views. Looking at every sequence for every decision costs more than a decision may, so it
+    remembers what they come to until others run or wait, and each load until anything it was read from changes."""
 
     def __init__(self, *, high_priority_max: int, high_load_target: float, whole_queue: bool = False) -> None:
         """Requests of `priority` up to `high_priority_max` are the high class. Beside them, `high_load_target` of the
@@ -100,65 +119,91 @@ class Freeness:
     def of(self, view: InstanceView) -> float:
         """The freeness of an instance, in steps."""
         read = self._known.get(view.id)
-        if read is None or read[0] != view.observed_at or read[1] != view.num_outstanding_tokens:
-            read = self._read(view)
-        return read[3]
+        if read is None or read[0][0] != view.observed_at or read[0][1] != view.num_outstanding_tokens:
+            read = self._read(view, _known(view))
+        return read[2]
 
     def load(self, view: InstanceView) -> Load:
         """The load of an instance."""
+        known = _known(view)
         read = self._known.get(view.id)
-        if (
-            read is None
-            or read[0] != view.observed_at
-            or read[1] != view.num_outstanding_tokens
-            or read[2].is_draining is not view.is_draining
-        ):
-            read = self._read(view)
-        return read[2]
+        if read is None or read[0] != known:
+            read = self._read(view, known)
+        return read[1]
 
     def forget_others(self, instances: Sequence[InstanceView]) -> None:
         """Forget the instances that are not shown any more, once they are many."""
         if len(self._known) > 2 * len(instances):
             self._known = {view.id: self._known[view.id] for view in instances if view.id in self._known}
 
-    def _read(self, view: InstanceView) -> _Read:
-        load = self._measure(view)
-        read = self._known[view.id] = (view.observed_at, view.num_outstanding_tokens, load, load.freeness)
+    def _read(self, view: InstanceView, known: _Known) -> _Read:
+        before = self._known.get(view.id)
+        told = None if before is None else before[3]
+        running, waiting = known[2], known[3]
+        if not running and not waiting:
+            told = None
+        elif (
+            told is None
+            or told.running is not running
+            or told.waiting is not waiting
+            or told.block_size != view.block_size
+        ):
+            told = self._count(running, waiting, view.block_size)
+        load = self._measure(view, told)
+        read = self._known[view.id] = (known, load, load.freeness, told)
         return read
 
-    def _measure(self, view: InstanceView) -> Load:
-        block_size = view.block_size
-        num_tokens_max = view.num_blocks * block_size
-        headroom = int(num_tokens_max * self._headroom_share)
-        running, waiting = view.running, view.waiting
-        if not running and not waiting:
-            return Load(num_tokens_max, *_untold(view), headroom=headroom, is_draining=view.is_draining)
-        num_tokens = num_high = num_in_prefill = 0
+    def _count(self, running: Sequence[SequenceReport], waiting: Sequence[SequenceReport], block_size: int) -> _Told:
+        """Look at each sequence."""
+        told = _Told(running, waiting, block_size)
+        num_tokens = 0
         high_priority_max = self._high_priority_max
         for sequence in running:
             num_held, num_computed = sequence.num_blocks * block_size, sequence.num_tokens - 1
             if num_held < num_computed:
                 num_held = blocks_for(num_computed, block_size) * block_size
-                num_in_prefill += num_computed
+                told.num_in_prefill += num_computed
             num_tokens += num_held
             if sequence.priority <= high_priority_max:
-                num_high += 1
-        num_requests = len(running)
-        demands = [sequence.num_tokens for sequence in waiting]
-        num_untold = max(0, view.num_waiting - len(waiting))
-        num_demanded = sum(demands) + (num_untold * sum(demands) // len(demands) if demands else 0)
-        num_unknown = view.num_outstanding_requests - num_requests - len(waiting) - num_untold
+                told.num_high += 1
+        told.num_held = num_tokens
+        if waiting:
+            told.num_waiting = sum([sequence.num_tokens for sequence in waiting])
+            told.num_head = blocks_for(waiting[0].num_tokens, block_size) * block_size
+        return told
+
+    def _measure(self, view: InstanceView, told: _Told | None) -> Load:
+        num_tokens_max = view.num_blocks * view.block_size
+        headroom = int(num_tokens_max * self._headroom_share)
+        if told is None:
+            return Load(num_tokens_max, *_untold(view), headroom=headroom, is_draining=view.is_draining)
+        num_tokens, num_requests, num_waiting = told.num_held, len(told.running), len(told.waiting)
+        num_untold = max(0, view.num_waiting - num_waiting)
+        num_demanded = told.num_waiting + (num_untold * told.num_waiting // num_waiting if num_waiting else 0)
+        num_unknown = view.num_outstanding_requests - num_requests - num_waiting - num_untold
         if num_unknown > 0:
-            num_unseen = view.num_outstanding_tokens - num_requests - num_in_prefill - num_demanded
+            num_unseen = view.num_outstanding_tokens - num_requests - told.num_in_prefill - num_demanded
             num_tokens += max(num_unknown, num_unseen)
             num_requests += num_unknown
         if self._whole_queue:
             num_tokens += num_demanded
-            num_requests += len(waiting) + num_untold
-        elif demands:
-            num_tokens += blocks_for(demands[0], block_size) * block_size
+            num_requests += num_waiting + num_untold
+        elif num_waiting:
+            num_tokens += told.num_head
             num_requests += 1
-        return Load(num_tokens_max, num_tokens, num_requests, num_high, headroom, view.is_draining)
+        return Load(num_tokens_max, num_tokens, num_requests, told.num_high, headroom, view.is_draining)
+
+
+def _known(view: InstanceView) -> _Known:
+    """What a load is read from and may change: equal if nothing did."""
+    return (
+        view.observed_at,
+        view.num_outstanding_tokens,
+        view.running,
+        view.waiting,
+        view.num_outstanding_requests,
+        view.is_draining,
+    )
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

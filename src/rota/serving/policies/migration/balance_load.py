@@ -1,9 +1,10 @@
 """Move from the fullest to the freest."""
 
-from collections.abc import Sequence, Set
+import heapq
+from collections.abc import Iterator, Sequence, Set
 
 from rota.base.errors import ConfigError
-from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceView, Move, RequestId
+from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, InstanceView, Move, RequestId
 from rota.serving.policies.freeness import HIGH_LOAD_TARGET
 from rota.serving.policies.migration.drain import empty_draining
 from rota.serving.policies.migration.rounds import FRONTIER_STEPS, Round, Rounds, checked_interval
@@ -63,24 +64,25 @@ class BalanceLoad:
             max_migrations=max_migrations, high_priority_max=high_priority_max, high_load_target=high_load_target
         )
 
+    def instance_reported(self, instance: InstanceView) -> None:
+        self._rounds.read(instance)
+
     def plan(self, cluster: ClusterView, moving: Set[RequestId]) -> Sequence[Move]:
         planned = self._rounds.open(cluster, moving)
         empty_draining(planned)
-        freeness = {instance_id: load.freeness for instance_id, load in planned.loads.items()}
-        sources = sorted(
-            (freeness[view.id], view.id)
-            for view in cluster.instances
-            if freeness[view.id] < self._source_below and not view.is_draining and planned.num_left(view.id) > 0
-        )
-        if sources:
-            destinations = sorted(
-                (-freeness[view.id], view.id)
-                for view in cluster.instances
-                if freeness[view.id] > self._destination_above and planned.may_receive(view)
-            )
-            for (_, source_id), (_, destination_id) in zip(sources[: self._max_pairs], destinations, strict=False):
-                self._relieve(planned, planned.views[source_id], planned.views[destination_id])
+        sources = heapq.nsmallest(self._max_pairs, self._short(planned))
+        freest = [view for view, _ in zip(planned.freest(), sources, strict=False)]
+        for (_, source_id), destination in zip(sources, freest, strict=False):
+            if planned.loads[destination.id].freeness > self._destination_above:
+                self._relieve(planned, planned.views[source_id], destination)
         return self._rounds.close(planned, cluster.now)
+
+    def _short(self, planned: Round) -> Iterator[tuple[float, InstanceId]]:
+        """The sources, in no order."""
+        for instance_id, load in planned.loads.items():
+            steps = load.freeness
+            if steps < self._source_below and not load.is_draining and planned.num_left(instance_id) > 0:
+                yield steps, instance_id
 
     def _relieve(self, planned: Round, source: InstanceView, destination: InstanceView) -> None:
         for sequence in planned.movable(source):

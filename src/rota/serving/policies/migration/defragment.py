@@ -51,6 +51,9 @@ class Defragment:
             max_migrations=max_migrations, high_priority_max=high_priority_max, high_load_target=high_load_target
         )
 
+    def instance_reported(self, instance: InstanceView) -> None:
+        self._rounds.read(instance)
+
     def plan(self, cluster: ClusterView, moving: Set[RequestId]) -> Sequence[Move]:
         planned = self._rounds.open(cluster, moving)
         empty_draining(planned)

@@ -75,6 +75,9 @@ class DefragmentPlan:
             max_migrations=max_migrations, high_priority_max=high_priority_max, high_load_target=high_load_target
         )
 
+    def instance_reported(self, instance: InstanceView) -> None:
+        self._rounds.read(instance)
+
     def plan(self, cluster: ClusterView, moving: Set[RequestId]) -> Sequence[Move]:
         planned = self._rounds.open(cluster, moving)
         empty_draining(planned)

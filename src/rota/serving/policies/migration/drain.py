@@ -27,6 +27,9 @@ class Drain:
         self.interval_seconds = checked_interval(interval_seconds)
         self._rounds = Rounds(max_migrations=max_migrations)
 
+    def instance_reported(self, instance: InstanceView) -> None:
+        self._rounds.read(instance)
+
     def plan(self, cluster: ClusterView, moving: Set[RequestId]) -> Sequence[Move]:
         planned = self._rounds.open(cluster, moving)
         empty_draining(planned)
@@ -35,9 +38,8 @@ class Drain:
 
 def empty_draining(planned: Round) -> None:
     """Add the moves that empty the instances that drain."""
-    for source in planned.views.values():
-        if not source.is_draining or planned.num_left(source.id) <= 0:
-            continue
+    draining = [planned.views[instance_id] for instance_id, load in planned.loads.items() if load.is_draining]
+    for source in draining:
         for sequence in planned.movable(source):
             if planned.num_left(source.id) <= 0:
                 break

@@ -23,12 +23,12 @@ def blocked_heads(planned: Round) -> list[BlockedHead]:
 
     Left out are instances that drain, and those with moves under way, which may make the room."""
     found = []
-    for view in planned.views.values():
-        if view.is_draining or view.num_migrations or planned.num_left(view.id) <= 0:
-            continue
+    for instance_id, load in planned.loads.items():
+        view = planned.views[instance_id]
         # The load counts the head's demand and slot: where it leaves room, nobody is blocked, and nobody is looked at.
-        load = planned.loads[view.id]
-        if not view.num_waiting or (load.num_free_tokens >= 0 and load.num_requests <= view.max_num_seqs):
+        if load.num_free_tokens >= 0 and load.num_requests <= view.max_num_seqs:
+            continue
+        if not view.num_waiting or load.is_draining or view.num_migrations or planned.num_left(instance_id) <= 0:
             continue
         running, waiting = view.running, view.waiting
         if not waiting or not running:

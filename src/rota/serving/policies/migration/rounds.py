@@ -50,6 +50,10 @@ class Rounds:
         self._sent: dict[RequestId, _Sent] = {}
         self._set_aside_until: dict[RequestId, Instant] = {}
 
+    def read(self, instance: InstanceView) -> None:
+        """Read an instance ahead of the next round, which reads it again only if it has changed until then."""
+        self.freeness.load(instance)
+
     def open(self, cluster: ClusterView, moving: Set[RequestId]) -> "Round":
         """A round over what is shown, with the load of an instance as it is once the moves to it are over."""
         now = cluster.now
@@ -108,20 +112,23 @@ class Round:
         """Usage at its destination, and whether it is of the high class, of each that moves in this round."""
         self._excluded = excluded
         self._freeness = freeness
-        self._num_left = {view.id: max_migrations - view.num_migrations for view in views.values()}
+        self._max_migrations = max_migrations
+        self._num_planned: dict[InstanceId, int] = {}
         self._freest: list[tuple[float, InstanceId]] | None = None
 
     def fork(self) -> "Round":
         """Another round in the same state, to try moves on."""
-        other = Round(self.views, dict(self.loads), self._excluded, 0, self._freeness)
+        other = Round(self.views, dict(self.loads), self._excluded, self._max_migrations, self._freeness)
         other.moves = list(self.moves)
         other.sent = dict(self.sent)
-        other._num_left = dict(self._num_left)
+        other._num_planned = dict(self._num_planned)
+        other._freest = None if self._freest is None else list(self._freest)
         return other
 
     def num_left(self, instance_id: InstanceId) -> int:
         """Moves from or to an instance that may still begin."""
-        return self._num_left[instance_id]
+        num_begun = self.views[instance_id].num_migrations + self._num_planned.get(instance_id, 0)
+        return self._max_migrations - num_begun
 
     def is_high(self, sequence: SequenceReport) -> bool:
         return self._freeness.is_high(sequence)
@@ -141,7 +148,7 @@ class Round:
 
     def may_receive(self, view: InstanceView) -> bool:
         """Whether an instance takes requests, and may take part in one more move."""
-        return not view.is_draining and view.role is not Role.PREFILL and self._num_left[view.id] > 0
+        return not view.is_draining and view.role is not Role.PREFILL and self.num_left(view.id) > 0
 
     def load_with(self, sequence: SequenceReport, destination: InstanceView) -> Load | None:
         """The load of an instance with one more request; None where a slot or room for it lacks."""
@@ -165,16 +172,14 @@ class Round:
         self.sent[request_id] = (load.num_tokens - self.loads[destination.id].num_tokens, self.is_high(sequence))
         self.loads[source.id] = self.load_without(sequence, source)
         self.loads[destination.id] = load
-        self._num_left[source.id] -= 1
-        self._num_left[destination.id] -= 1
+        for view in (source, destination):
+            self._num_planned[view.id] = self._num_planned.get(view.id, 0) + 1
 
     def freest(self) -> Iterator[InstanceView]:
         """The instances that may receive, the freest first, by id if equal. Loads may change between two calls, not
         while one is walked."""
         if self._freest is None:
-            self._freest = [
-                (-self.loads[view.id].freeness, view.id) for view in self.views.values() if self.may_receive(view)
-            ]
+            self._freest = [(-load.freeness, instance_id) for instance_id, load in self.loads.items()]
             heapq.heapify(self._freest)
         heap, walked = self._freest, []
         try:
