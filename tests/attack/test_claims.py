@@ -10,7 +10,8 @@ from tests.attack.wire import ALICE, BOB, CHAT, GOOD, OPERATOR, answer_to, error
 
 from rota.base.instant import Instant
 from rota.serving.engines.engine import EngineCall
-from rota.serving.frontdoor.http1 import HttpLimits, HttpRequest
+from rota.serving.frontdoor.exchange import HttpRequest
+from rota.serving.frontdoor.http1 import HttpLimits
 from rota.serving.frontdoor.intake import Intake
 from rota.serving.frontdoor.keys import KeyFile, KeyRing
 from rota.serving.frontdoor.problems import Problem

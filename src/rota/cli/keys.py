@@ -29,6 +29,8 @@ class Tenancy(NamedTuple):
     stack: "StackConfig"
     stack_path: Path | None
     """The stack as engines that are processes of their own read it."""
+    keys_path: Path | None = None
+    """Where the keys were read."""
 
 
 def new(
@@ -41,8 +43,8 @@ def new(
 ) -> None:
     """Draw an API key of 256 random bits, print it, and add its hash to a file of keys.
 
-    The key is shown this once: the file holds its SHA-256 alone. A router reads the file when it starts. To take a key
-    back, delete its lines and start the router anew.
+    The key is shown this once: the file holds its SHA-256 alone. A router that runs reads the file when it changes: to
+    take a key back, delete its lines.
     """
     from rota.base.config import parse_toml
     from rota.serving.frontdoor.keys import KeyFile, new_key
@@ -79,7 +81,7 @@ def tenancy(keys: Path | None, stack: "StackConfig", stack_path: Path | None, ru
     granted = granted_stack(stack, known)
     if stack_path is not None and granted.parameters.order != stack.parameters.order:
         stack_path = _written(stack_path, weights_of(known), granted, run_dir)
-    return Tenancy(known, granted, stack_path)
+    return Tenancy(known, granted, stack_path, keys)
 
 
 def _written(stack_path: Path, weights: "Mapping[str, float]", granted: "StackConfig", run_dir: Path) -> Path:

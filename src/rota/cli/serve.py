@@ -184,6 +184,7 @@ def _serving(
         drain_seconds=at_least_zero("--drain", drain),
         start_timeout_seconds=positive("--start-timeout", start_timeout),
         keys=known.keys,
+        keys_path=known.keys_path,
         text_counts=text_counts,
     )
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rota.base.journal import Row
     from rota.serving.board.picture import Picture
-    from rota.serving.frontdoor.http1 import Exchange
+    from rota.serving.frontdoor.exchange import Exchange
 
 ROUTER = "http://127.0.0.1:8000"
 TIMEOUT_SECONDS = 5.0

@@ -11,7 +11,7 @@ from tests.browser import CHROMIUM, Looked, look_at
 
 from rota.serving.board.board import Board
 from rota.serving.board.picture import Picture
-from rota.serving.frontdoor.http1 import Exchange
+from rota.serving.frontdoor.exchange import Exchange
 from rota.serving.model.instance import InstanceLimits
 from rota.serving.stack import Parameters, StackConfig
 from rota.testing.router import RunningRouter, running_router

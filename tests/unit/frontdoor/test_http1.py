@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from rota.serving.frontdoor.http1 import Exchange, HttpLimits, HttpServer
+from rota.serving.frontdoor.exchange import Exchange
+from rota.serving.frontdoor.http1 import HttpLimits, HttpServer
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b"
 

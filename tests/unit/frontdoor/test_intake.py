@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rota.base.instant import Instant, milliseconds
-from rota.serving.frontdoor.http1 import HttpRequest
+from rota.serving.frontdoor.exchange import HttpRequest
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
 from rota.serving.frontdoor.prompts import NUM_BLOCKS_MAX, TOKENS_PER_BLOCK, block_hashes
 from rota.serving.model.request import Request, shared_prefix_blocks

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from rota.base.instant import to_seconds
 from rota.base.nearest import did_you_mean
 from rota.serving.frontdoor.bodies import read_move
-from rota.serving.frontdoor.http1 import Exchange
+from rota.serving.frontdoor.exchange import Exchange
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.moves import Outcome

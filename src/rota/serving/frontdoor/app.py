@@ -1,5 +1,6 @@
 """The OpenAI API in front of a live cluster: routes, answers, errors."""
 
+import asyncio
 import logging
 import math
 import os
@@ -12,14 +13,18 @@ from rota.base.instant import Duration, to_seconds
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.frontdoor.admin import INSTANCES, REQUESTS, InstanceAdmin, RequestAdmin, is_straight_from_here
 from rota.serving.frontdoor.board_page import STATE, UI, BoardPage, RouterBoard
-from rota.serving.frontdoor.http1 import Exchange, HttpLimits, HttpServer
+from rota.serving.frontdoor.exchange import Asker, Exchange, HttpRequest
+from rota.serving.frontdoor.http1 import HttpLimits, HttpServer
 from rota.serving.frontdoor.instance_metrics import InstanceCollector
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
-from rota.serving.frontdoor.keys import AUTHORIZATION, KeyRing
+from rota.serving.frontdoor.key_watch import KeyWatch
+from rota.serving.frontdoor.keys import AUTHORIZATION, KeyHolder, KeyRing
 from rota.serving.frontdoor.openapi import describe
 from rota.serving.frontdoor.problems import Problem
+from rota.serving.frontdoor.refusal_pace import RefusalPace
 from rota.serving.frontdoor.telemetry import Telemetry
 from rota.serving.frontdoor.tenant_metrics import TenantCounts, TenantMetrics
+from rota.serving.frontdoor.turns import Turns
 from rota.serving.live.attempt import Answer
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.watch import EngineWatch
@@ -29,6 +34,8 @@ _log = logging.getLogger(__name__)
 _JSON: Headers = [(b"content-type", b"application/json")]
 _KEYED = (CHAT, COMPLETIONS, "/v1/models")
 _TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+_NEVER_HELD = (408, 503)
+"""Of what never becomes a request: neither says that somebody asks too often."""
 SHUTTING_DOWN = "the router is shutting down"
 """The reason given for requests that a stopping router does not finish."""
 
@@ -52,10 +59,16 @@ class FrontDoor:
         self.watches = watches
         self.telemetry = Telemetry()
         self.telemetry.registry.register(InstanceCollector(cluster, watches))
+        self.key_watch: KeyWatch | None = None
+        """Who reads the keys' file anew, where somebody does."""
         self._keys = keys
+        self._paces: dict[str | None, RefusalPace] = {}
+        """Of each tenant that was refused something, and of strangers."""
+        self._turns = Turns(self._handle)
         self._tenants = None if keys is None else TenantMetrics(self.telemetry.registry)
         check_head = None if keys is None else self._check_head
-        self.server = HttpServer(self._handle, limits=limits, refused=self._refused, check_head=check_head)
+        handle = self._handle if keys is None else self._take_turn
+        self.server = HttpServer(handle, limits=limits, refused=self._refused, check_head=check_head)
         self._intake = Intake(
             name=os.urandom(4).hex(),
             default_max_tokens=default_max_tokens,
@@ -78,6 +91,9 @@ class FrontDoor:
             UI: ("GET", board.page),
             STATE: ("GET", board.state),
         }
+
+    def _take_turn(self, exchange: Exchange) -> None:
+        self._turns.take(_name_of(exchange.request.asker), exchange)
 
     def _handle(self, exchange: Exchange) -> None:
         request = exchange.request
@@ -108,11 +124,38 @@ class FrontDoor:
         route = self._route(exchange.request.path)
         if problem.status == 405 and route is not None:
             headers.append((b"allow", b"GET, HEAD" if route[0] == "GET" else route[0].encode()))
-        self.count(exchange, problem.status)
-        exchange.respond(problem.status, headers, problem.body())
+        self.refuse(exchange, problem, headers)
 
-    def _refused(self, problem: Problem) -> None:
+    def refuse(self, exchange: Exchange, problem: Problem, headers: Headers) -> None:
+        """Answer with a refusal: at once, or later where its tenant is refused too often."""
+        self.count(exchange, problem.status)
+        held = self._held(exchange.request.asker)
+        if held == 0.0:
+            exchange.respond(problem.status, headers, problem.body())
+        elif held is None:
+            exchange.cut()
+        else:
+            exchange.listener = None  # There is nothing left that its client could leave.
+            exchange.request.body = b""
+            later = asyncio.get_running_loop().call_later
+            later(held, exchange.respond, problem.status, headers, problem.body())
+
+    def _refused(self, problem: Problem, asker: Asker | None) -> float | None:
         self.telemetry.answered("other", problem.status)
+        return 0.0 if problem.status in _NEVER_HELD else self._held(asker)
+
+    def _held(self, asker: Asker | None) -> float | None:
+        """For how many seconds a refusal is kept back; None is for ever."""
+        if self._keys is None or self.server.draining:
+            return 0.0
+        name = _name_of(asker)
+        pace = self._paces.get(name)
+        if pace is None:
+            pace = self._paces[name] = RefusalPace()
+        held = pace.hold(time.monotonic())
+        if held != 0.0:
+            self.telemetry.refusals_held.inc()
+        return held
 
     def count(self, exchange: Exchange, status: int) -> None:
         """Count an answer."""
@@ -121,12 +164,25 @@ class FrontDoor:
         known = path if path in self._routes else next(below, "other")
         self.telemetry.answered(known, status)
 
+    def keys_changed(self) -> None:
+        """Forget those of whom there is no key any more."""
+        if self._keys is not None:
+            known = {None, *self._keys.tenants()}
+            self._paces = {name: pace for name, pace in self._paces.items() if name in known}
+
     # --- keys --------------------------------------------------------------------------------------------------------
 
-    def _check_head(self, path: str, headers: Headers) -> None:
-        """Raises `Problem` before the body of a stranger is read. What needs no key reads no body."""
-        if self._keys is not None and path in _KEYED:
-            self._keys.identify(headers)
+    def _check_head(self, path: str, headers: Headers) -> KeyHolder | None:
+        """Whose request it is. Raises `Problem` before the body of a stranger is read. What needs no key reads no
+        body."""
+        return self._keys.identify(headers) if self._keys is not None and path in _KEYED else None
+
+    def _holder(self, request: HttpRequest) -> KeyHolder | None:
+        """What the key of a request grants, as its head was found to have it; None where there are no keys."""
+        if self._keys is None:
+            return None
+        asker = request.asker
+        return asker if isinstance(asker, KeyHolder) else self._keys.identify(request.headers)
 
     def _is_operator(self, exchange: Exchange) -> bool:
         """Whether an exchange may see what the tenants share: where there are no keys everybody may, else who asks
@@ -142,8 +198,7 @@ class FrontDoor:
     def _generate(self, exchange: Exchange) -> None:
         if self.server.draining:
             raise Problem(503, SHUTTING_DOWN, code="shutting_down", retry_after_seconds=5)
-        holder = None if self._keys is None else self._keys.identify(exchange.request.headers)
-        call = self._intake.read(exchange.request, self.cluster.loop.now(), holder)
+        call = self._intake.read(exchange.request, self.cluster.loop.now(), self._holder(exchange.request))
         self.telemetry.prompt_tokens.inc(call.request.num_prompt_tokens)
         counts = None if self._tenants is None else self._tenants.of(call.request.tenant)
         if counts is not None:
@@ -153,7 +208,7 @@ class FrontDoor:
         self.cluster.submit(call, client)
 
     def _models(self, exchange: Exchange) -> None:
-        self._check_head(exchange.request.path, exchange.request.headers)
+        self._holder(exchange.request)
         merged: dict[object, dict[str, object]] = {}
         for instance_id, status in sorted(self.cluster.statuses.items()):
             if instance_id in self.cluster.drained:
@@ -173,11 +228,15 @@ class FrontDoor:
         told: dict[str, object] = {"status": "ok" if healthy else "unavailable", "num_ready": num_ready}
         if self._is_operator(exchange):
             told["instances"] = instances
+            if self.key_watch is not None and self.key_watch.broken is not None:
+                told["keys"] = f"as they were before the file was broken: {self.key_watch.broken}"
         self._send(exchange, 200 if healthy else 503, told)
 
     def _metrics(self, exchange: Exchange) -> None:
         if not self._is_operator(exchange):
             raise Problem(403, "metrics are for this machine and for the keys of operators", code="not_granted")
+        if self.key_watch is not None:
+            self.telemetry.key_file_broken.set(self.key_watch.broken is not None)
         self.telemetry.unfinished.set(len(self.cluster.flights))
         self.count(exchange, 200)
         exchange.respond(200, _TEXT, self.telemetry.page())
@@ -242,7 +301,8 @@ class _Conversation:
         self._door.telemetry.rejections.labels(str(status)).inc()
         self._count("refused")
         seconds = None if retry_after is None else max(1, math.ceil(to_seconds(retry_after)))
-        self._problem(Problem(status, reason, code="rejected", retry_after_seconds=seconds))
+        problem = Problem(status, reason, code="rejected", retry_after_seconds=seconds)
+        self._door.refuse(self._exchange, problem, [*problem.headers(), self._request_name()])
 
     def on_failed(self, reason: str, answer: Answer | None) -> None:
         self._count("failed")
@@ -263,8 +323,7 @@ class _Conversation:
             # The status is out already, so the error is the last event, and no [DONE] follows it.
             self._exchange.end(b"\n\n" + problem.as_event())
         else:
-            headers = problem.headers()
-            headers.append((b"x-request-id", self._request_id.encode()))
+            headers = [*problem.headers(), self._request_name()]
             self._exchange.respond(problem.status, headers, problem.body())
 
     def _finished(self, status: int, num_output_tokens: int | None) -> None:
@@ -283,5 +342,13 @@ class _Conversation:
 
     def _named(self, headers: Headers) -> Headers:
         named = [header for header in headers if header[0] != b"x-request-id"]
-        named.append((b"x-request-id", self._request_id.encode()))
+        named.append(self._request_name())
         return named
+
+    def _request_name(self) -> tuple[bytes, bytes]:
+        return b"x-request-id", self._request_id.encode()
+
+
+def _name_of(asker: Asker | None) -> str | None:
+    """The tenant; None for strangers, all together."""
+    return asker.tenant if isinstance(asker, KeyHolder) else None

@@ -15,7 +15,7 @@ from rota.serving.board.board import Board
 from rota.serving.board.picture import Picture
 from rota.serving.engines.engine import Headers
 from rota.serving.frontdoor.admin import refuse_strangers
-from rota.serving.frontdoor.http1 import Exchange
+from rota.serving.frontdoor.exchange import Exchange
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.watch import EngineWatch

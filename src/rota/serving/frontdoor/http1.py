@@ -5,23 +5,20 @@ never reaches it. The handler is a plain function; it answers at once or later, 
 """
 
 import asyncio
-import ipaddress
 import time
 from collections import deque
 from collections.abc import Callable
-from http import HTTPStatus
-from typing import Protocol, cast
+from typing import cast
 
 import httptools
 import msgspec
 
+from rota.serving.frontdoor.exchange import REASONS, Asker, Exchange, Headers, HttpRequest
 from rota.serving.frontdoor.problems import Problem
 
-Headers = list[tuple[bytes, bytes]]
-
-_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
 _NUM_PIPELINED_MAX = 16
+_SLICE_BYTES = 16 * 1024
 _DISCARDED_BYTES_MAX = 64 * 1024 * 1024
 _SWEEP_SECONDS = 1.0
 
@@ -44,137 +41,6 @@ class HttpLimits(msgspec.Struct, frozen=True):
     """Bytes waiting for a slow client above which its source is asked to pause."""
 
 
-class HttpRequest:
-    """One complete request. Header names are lower-case bytes; repeated headers are joined with a comma."""
-
-    __slots__ = ("body", "headers", "method", "path")
-
-    def __init__(self, method: str, path: str, headers: Headers, body: bytes) -> None:
-        self.method = method
-        self.path = path
-        self.headers = headers
-        self.body = body
-
-    def header(self, name: bytes) -> bytes | None:
-        """The value of a header, or None."""
-        found: bytes | None = None
-        for key, value in self.headers:
-            if key == name:
-                found = value if found is None else found + b", " + value
-        return found
-
-
-class ExchangeListener(Protocol):
-    """Who answers an exchange, and so wants to know what becomes of the client."""
-
-    def client_left(self) -> None:
-        """The client closed its connection before the answer was complete. Nothing may be written any more."""
-        ...
-
-    def client_stalled(self, stalled: bool) -> None:
-        """The client reads more slowly than it is written to (True), or has caught up (False)."""
-        ...
-
-
-class Exchange:
-    """One request and its one answer: either `respond`, or `start`, any number of `write`, and `end` or `cut`."""
-
-    __slots__ = ("_connection", "_keep_alive", "done", "is_chunked", "listener", "request", "status")
-
-    def __init__(self, connection: "HttpConnection", request: HttpRequest, *, keep_alive: bool, chunked: bool) -> None:
-        self.request = request
-        self.listener: ExchangeListener | None = None
-        self.status = 0
-        """Status of the answer, once it began."""
-        self.done = False
-        """Nothing more may be written: the answer is complete, or the client left."""
-        self._connection = connection
-        self._keep_alive = keep_alive
-        self.is_chunked = chunked
-        """The client understands chunks: it speaks HTTP/1.1."""
-
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """Answer in one piece."""
-        if self.done:
-            return
-        self.status = status
-        head = self._head(status, headers)
-        head.append(b"content-length: %d\r\n\r\n" % len(body))
-        if self.request.method != "HEAD":
-            head.append(body)
-        self._connection.write(b"".join(head))
-        self._finish()
-
-    def start(self, status: int, headers: Headers, first: bytes = b"") -> None:
-        """Begin an answer of unknown length; `first` saves a system call where the first bytes are at hand."""
-        if self.done:
-            return
-        self.status = status
-        if not self.is_chunked:
-            self._keep_alive = False
-        head = self._head(status, headers)
-        head.append(b"transfer-encoding: chunked\r\n\r\n" if self.is_chunked else b"\r\n")
-        if first:
-            head.append(b"%x\r\n%b\r\n" % (len(first), first) if self.is_chunked else first)
-        self._connection.write(b"".join(head))
-
-    def write(self, data: bytes) -> None:
-        """Pass on some bytes of a started answer."""
-        if self.done or not data:
-            return
-        transport = self._connection.transport
-        if transport is not None:
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
-
-    def write_chunks(self, data: bytes) -> None:
-        """Pass on whole chunks of a started answer as they are; only where `is_chunked`."""
-        transport = self._connection.transport
-        if transport is not None and not self.done:
-            transport.write(data)
-
-    def end(self, last: bytes = b"") -> None:
-        """End a started answer, whole."""
-        if self.done:
-            return
-        if self.is_chunked:
-            self._connection.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if last else b"0\r\n\r\n")
-        elif last:
-            self._connection.write(last)
-        self._finish()
-
-    def cut(self) -> None:
-        """Break a started answer off, so that the client sees that it is not whole."""
-        if not self.done:
-            self.done = True
-            self._connection.cut()
-
-    @property
-    def is_from_here(self) -> bool:
-        """Whether the client's end of the connection is on this machine."""
-        transport = self._connection.transport
-        peer = None if transport is None else transport.get_extra_info("peername")
-        if not peer:
-            return False
-        address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
-        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-        return (mapped or address).is_loopback
-
-    @property
-    def close_after(self) -> bool:
-        return not self._keep_alive
-
-    def _head(self, status: int, headers: Headers) -> list[bytes]:
-        head = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b""))]
-        head.extend(b"%b: %b\r\n" % header for header in headers)
-        if not self._keep_alive:
-            head.append(b"connection: close\r\n")
-        return head
-
-    def _finish(self) -> None:
-        self.done = True
-        self._connection.answered(self)
-
-
 class HttpConnection(asyncio.Protocol):
     """One client connection. llhttp parses; this class bounds, queues and answers."""
 
@@ -191,6 +57,8 @@ class HttpConnection(asyncio.Protocol):
         """Start of the idle time, of the request being read, or of a write that does not get away."""
         self._stalled = False
         self._reading = False
+        self._unread = b""
+        """What was received and not parsed yet."""
         self._begin_message()
 
     def _begin_message(self) -> None:
@@ -201,6 +69,8 @@ class HttpConnection(asyncio.Protocol):
         self._num_head_bytes = 0
         self._in_head = True
         self._problem: Problem | None = None
+        self._asker: Asker | None = None
+        self._max_body_bytes = self._limits.max_body_bytes
 
     # --- what the event loop says ------------------------------------------------------------------------------------
 
@@ -231,9 +101,22 @@ class HttpConnection(asyncio.Protocol):
         if not self._reading:
             self._reading = True
             self.waiting_since = time.monotonic()
-        if self._in_head:
-            self._num_head_bytes += len(data)
-        self._feed(data)
+        self._read(self._unread + data)
+
+    def _read(self, data: bytes) -> None:
+        """Parse what has come, a slice at a time, until enough requests wait for those before them. The rest is kept,
+        and nothing more is read: the parser cannot be stopped, and one packet may hold a thousand requests."""
+        self._unread = b""
+        for begin in range(0, len(data), _SLICE_BYTES):
+            if self._problem is not None or self._closing:
+                return
+            if len(self._pipelined) >= _NUM_PIPELINED_MAX:
+                self._unread = data[begin:]
+                return
+            part = data[begin : begin + _SLICE_BYTES]
+            if self._in_head:
+                self._num_head_bytes += len(part)
+            self._feed(part)
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -281,6 +164,8 @@ class HttpConnection(asyncio.Protocol):
     # --- what the parser says ----------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        if self._problem is not None:
+            return  # What follows a request that is refused is not answered, least of all in its place.
         head_bytes = self._num_head_bytes
         self._begin_message()
         self._num_head_bytes = head_bytes
@@ -293,17 +178,21 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        if self._problem is not None:
+            return
         if self._num_head_bytes > self._limits.max_head_bytes and self._head_bytes() > self._limits.max_head_bytes:
             self._problem = self._head_too_large()
             return
         if self._server.check_head is not None:
             try:
-                self._server.check_head(self._server.path_of(self._url), self._headers)
+                self._asker = self._server.check_head(self._server.path_of(self._url), self._headers)
             except Problem as problem:
                 self._problem = problem
                 return
+            if self._asker is not None and self._asker.max_body_bytes is not None:
+                self._max_body_bytes = min(self._max_body_bytes, self._asker.max_body_bytes)
         for name, value in self._headers:
-            if name == b"content-length" and int(value) > self._limits.max_body_bytes:
+            if name == b"content-length" and int(value) > self._max_body_bytes:
                 self._problem = self._body_too_large()
                 return
             if name == b"expect" and self._parser.get_http_version() == "1.1":
@@ -316,7 +205,7 @@ class HttpConnection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self._problem is None:
             self._num_body_bytes += len(body)
-            if self._num_body_bytes > self._limits.max_body_bytes:
+            if self._num_body_bytes > self._max_body_bytes:
                 self._problem = self._body_too_large()
                 self._body.clear()
             else:
@@ -329,22 +218,19 @@ class HttpConnection(asyncio.Protocol):
         if self._problem is not None or self._parser.should_upgrade():
             return
         method = self._parser.get_method().decode("ascii", "replace")
-        request = HttpRequest(method, self._server.path_of(self._url), self._headers, b"".join(self._body))
+        request = HttpRequest(method, self._server.path_of(self._url), self._headers, b"".join(self._body), self._asker)
         is_http11 = self._parser.get_http_version() == "1.1"
         keep_alive = self._parser.should_keep_alive() and not self._server.draining
         exchange = Exchange(self, request, keep_alive=keep_alive, chunked=is_http11)
         if self._current is None:
-            self._answer(exchange)
+            self._current = exchange
+            self._server.handle(exchange)
         else:
             self._pipelined.append(exchange)
             if len(self._pipelined) >= _NUM_PIPELINED_MAX and self.transport is not None:
                 self.transport.pause_reading()
 
     # --- answering ---------------------------------------------------------------------------------------------------
-
-    def _answer(self, exchange: Exchange) -> None:
-        self._current = exchange
-        self._server.handle(exchange)
 
     def write(self, data: bytes) -> None:
         if self.transport is not None:
@@ -360,8 +246,11 @@ class HttpConnection(asyncio.Protocol):
             self._closing = True
             self.transport.close()
         elif self._pipelined and not self._closing:
-            following = self._pipelined.popleft()
-            self.transport.resume_reading()
+            # At once, so that a request that is parsed meanwhile does not take its place.
+            following = self._current = self._pipelined.popleft()
+            self._read(self._unread)
+            if len(self._pipelined) < _NUM_PIPELINED_MAX:
+                self.transport.resume_reading()
             # Through the loop, so that a long pipeline of instant answers does not nest.
             asyncio.get_running_loop().call_soon(self._answer_next, following)
         elif self._problem is not None:
@@ -369,7 +258,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _answer_next(self, exchange: Exchange) -> None:
         if not exchange.done:
-            self._answer(exchange)
+            self._server.handle(exchange)
 
     def cut(self) -> None:
         """Close at once, with whatever was not written yet lost."""
@@ -382,13 +271,25 @@ class HttpConnection(asyncio.Protocol):
         if self._closing or self.transport is None or self._current is not None:
             return
         self._closing = True
-        self.waiting_since = time.monotonic()
+        held = self._server.refused(problem, self._asker)
+        self.waiting_since = time.monotonic() + (held or 0.0)
+        if held is None:
+            self.cut()
+        elif held:
+            # What else the client sends waits in its own buffers.
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_later(held, self._say_refusal, problem)
+        else:
+            self._say_refusal(problem)
+
+    def _say_refusal(self, problem: Problem) -> None:
+        if self.transport is None:
+            return
         body = problem.body()
-        self._server.refused(problem)
         headers = b"".join(b"%b: %b\r\n" % header for header in problem.headers())
         self.transport.write(
             b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (problem.status, _REASONS.get(problem.status, b""), headers, len(body), body)
+            % (problem.status, REASONS.get(problem.status, b""), headers, len(body), body)
         )
         # Half-closed, and read on for a while: a reset would destroy the answer under a client that still sends.
         if self.transport.can_write_eof():
@@ -419,7 +320,7 @@ class HttpConnection(asyncio.Protocol):
         )
 
     def _body_too_large(self) -> Problem:
-        return Problem(413, f"the body exceeds {self._limits.max_body_bytes} bytes", code="body_too_large")
+        return Problem(413, f"the body exceeds {self._max_body_bytes} bytes", code="body_too_large")
 
 
 class HttpServer:
@@ -430,10 +331,12 @@ class HttpServer:
         handle: Callable[[Exchange], None],
         *,
         limits: HttpLimits | None = None,
-        refused: Callable[[Problem], None] = lambda problem: None,
-        check_head: Callable[[str, Headers], None] | None = None,
+        refused: Callable[[Problem, Asker | None], float | None] = lambda problem, asker: 0.0,
+        check_head: Callable[[str, Headers], Asker | None] | None = None,
     ) -> None:
-        """`check_head` sees path and headers before a body is read, and may raise `Problem`."""
+        """`check_head` sees path and headers before a body is read, says whose they are, and may raise `Problem`.
+        `refused` hears of each refusal of what never reaches `handle`, and says for how many seconds it is kept back;
+        None is for ever: the connection is cut."""
         self.handle = handle
         self.limits = limits or HttpLimits()
         self.refused = refused

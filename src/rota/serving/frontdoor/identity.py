@@ -18,7 +18,7 @@ import re
 from typing import NamedTuple
 
 from rota.base.instant import Duration, milliseconds
-from rota.serving.frontdoor.http1 import Headers
+from rota.serving.frontdoor.exchange import Headers
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.model.request import SLO
 

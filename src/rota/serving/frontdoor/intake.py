@@ -6,7 +6,7 @@ from rota.base.instant import Instant
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.frontdoor import bodies, prompts
 from rota.serving.frontdoor.claims import check_class, check_identity, granted_body, granted_salt
-from rota.serving.frontdoor.http1 import HttpRequest
+from rota.serving.frontdoor.exchange import HttpRequest
 from rota.serving.frontdoor.identity import PRIORITY_HEADER, REQUEST_ID_HEADER, Identity, read_identity
 from rota.serving.frontdoor.keys import AUTHORIZATION, KeyHolder
 from rota.serving.frontdoor.problems import Problem

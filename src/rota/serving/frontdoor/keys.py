@@ -31,7 +31,7 @@ import msgspec
 
 from rota.base.config import load_toml
 from rota.base.errors import ConfigError
-from rota.serving.frontdoor.http1 import Headers
+from rota.serving.frontdoor.exchange import Headers
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.model.request import TenantId
 from rota.serving.stack import REGISTRIES, StackConfig
@@ -62,6 +62,8 @@ class TenantTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """Prompt and output tokens; None is what the admission policy gives everybody."""
     on_limit: Literal["refuse", "queue"] | None = None
     """What becomes of what comes too early."""
+    max_body_bytes: _Positive | None = None
+    """The largest body that it may send; None is what everybody may."""
 
     def limits(self) -> dict[str, int | str]:
         """Those limits that are set, as an admission policy takes them."""
@@ -92,27 +94,27 @@ class KeyHolder(msgspec.Struct, frozen=True):
     terms: TenantTerms
     operator: bool = False
 
+    @property
+    def max_body_bytes(self) -> int | None:
+        return self.terms.max_body_bytes
+
 
 class KeyRing:
     """Recognises keys. Holds hashes only."""
 
     def __init__(self, file: KeyFile) -> None:
         """Raises `ConfigError` for a hash that is there twice, and for a tenant with terms and no key."""
-        self._by_index: dict[bytes, list[tuple[bytes, KeyHolder]]] = {}
-        seen: set[str] = set()
-        for line in file.keys:
-            if line.sha256 in seen:
-                raise ConfigError(f"keys: the key with sha256 {line.sha256[:8]}… is there twice")
-            seen.add(line.sha256)
-            digest = bytes.fromhex(line.sha256)
-            holder = KeyHolder(TenantId(line.tenant), file.tenants.get(line.tenant, TenantTerms()), line.operator)
-            self._by_index.setdefault(digest[:_INDEX_BYTES], []).append((digest, holder))
-        unreachable = sorted(file.tenants.keys() - {line.tenant for line in file.keys})
-        if unreachable:
-            raise ConfigError(
-                f"tenants.{unreachable[0]}: no key is of this tenant",
-                hint=f"rota keys new --tenant {unreachable[0]}, or take the table out",
-            )
+        self._by_index = _by_index(file)
+
+    def replace(self, file: KeyFile) -> bool:
+        """Recognise the keys of another file instead, all at once; whether that changed anything. Raises as when it is
+        made, and then nothing changed."""
+        before, self._by_index = self._by_index, _by_index(file)
+        return before != self._by_index
+
+    def tenants(self) -> set[TenantId]:
+        """Whose keys they are."""
+        return {holder.tenant for bucket in self._by_index.values() for _, holder in bucket}
 
     def find(self, key: bytes) -> KeyHolder | None:
         """What a key grants; None for one that is unknown. The hashes are compared in constant time: which one is
@@ -142,12 +144,34 @@ class KeyRing:
         return holder
 
 
+def _by_index(file: KeyFile) -> dict[bytes, list[tuple[bytes, KeyHolder]]]:
+    found: dict[bytes, list[tuple[bytes, KeyHolder]]] = {}
+    seen: set[str] = set()
+    for line in file.keys:
+        if line.sha256 in seen:
+            raise ConfigError(f"keys: the key with sha256 {line.sha256[:8]}… is there twice")
+        seen.add(line.sha256)
+        digest = bytes.fromhex(line.sha256)
+        holder = KeyHolder(TenantId(line.tenant), file.tenants.get(line.tenant, TenantTerms()), line.operator)
+        found.setdefault(digest[:_INDEX_BYTES], []).append((digest, holder))
+    unreachable = sorted(file.tenants.keys() - {line.tenant for line in file.keys})
+    if unreachable:
+        raise ConfigError(
+            f"tenants.{unreachable[0]}: no key is of this tenant",
+            hint=f"rota keys new --tenant {unreachable[0]}, or take the table out",
+        )
+    return found
+
+
 def load_keys(path: Path) -> KeyFile:
     """Read a file of keys. Raises `ConfigError` naming file, line and key; one without keys would let nobody in."""
     file = load_toml(path, KeyFile)
     if not file.keys:
         raise ConfigError(f"{path}: there is no key in it", hint=f"rota keys new --tenant NAME --keys {path}")
-    KeyRing(file)
+    try:
+        KeyRing(file)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
     return file
 
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import msgspec
@@ -16,6 +17,7 @@ from rota.serving.engines.engine import Engine, SupervisedEngine
 from rota.serving.engines.vllm.engine import VllmEngine
 from rota.serving.frontdoor.app import SHUTTING_DOWN, FrontDoor
 from rota.serving.frontdoor.http1 import HttpLimits
+from rota.serving.frontdoor.key_watch import KeyWatch
 from rota.serving.frontdoor.keys import KeyFile, KeyRing
 from rota.serving.frontdoor.scaling import Scaling
 from rota.serving.live.cluster import LiveCluster
@@ -44,6 +46,8 @@ class ServeConfig(msgspec.Struct, frozen=True):
     """What policies are told where a client sets no limit."""
     keys: KeyFile | None = None
     """Who may ask; None lets everybody."""
+    keys_path: Path | None = None
+    """The file that `keys` are of: it is read anew when it changes. None keeps them as they are."""
     resume: bool = True
     """Whether streams are followed event by event where they can then go on at another engine."""
     text_counts: bool = False
@@ -72,15 +76,19 @@ class Router:
             loop, machine, engines, first_byte_timeout_seconds=config.first_byte_timeout_seconds, roles=roles
         )
         self.watches = [EngineWatch(engine, self.cluster, config.watch) for engine in engines]
+        ring = None if config.keys is None else KeyRing(config.keys)
         self.door = FrontDoor(
             self.cluster,
             self.watches,
             limits=config.http,
             default_max_tokens=config.default_max_tokens,
             resume=config.resume,
-            keys=None if config.keys is None else KeyRing(config.keys),
+            keys=ring,
             text_counts=config.text_counts,
         )
+        if ring is not None and config.keys is not None and config.keys_path is not None:
+            self.door.key_watch = KeyWatch(config.keys_path, ring, config.keys, self.door.keys_changed)
+        self._reading_keys: asyncio.Task[None] | None = None
         self._watching: dict[InstanceId, asyncio.Task[None]] = {}
         self._started: list[Engine] = []
         self._scaling: Scaling | None = None
@@ -118,6 +126,8 @@ class Router:
                 f"cannot listen on {self.config.host}:{self.config.port}: {error.strerror or error}",
                 hint="another server may have the port; choose another with --port",
             ) from None
+        if self.door.key_watch is not None:
+            self._reading_keys = asyncio.create_task(self.door.key_watch.run(), name="keys")
         if self._scaling is not None:
             self._scaling.begin_with(self.engines)
         for engine, watch in zip(list(self.engines), list(self.watches), strict=True):
@@ -191,8 +201,9 @@ class Router:
         if num_left:
             _log.warning("%d requests were not finished in time and end with an error", num_left)
             self.cluster.fail_all(SHUTTING_DOWN)
-        if self._looking is not None:
-            self._looking.cancel()
+        for looking in (self._looking, self._reading_keys):
+            if looking is not None:
+                looking.cancel()
         if self._scaling is not None:
             await self._scaling.close()
         watching = list(self._watching.values())
@@ -216,7 +227,7 @@ async def serve(
     num_ready: int = 1,
     on_ready: Callable[[Router], None] = lambda router: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then drain and stop; a second signal stops at once.
+    """Serve until SIGINT or SIGTERM, then drain and stop; a second signal stops at once. SIGHUP reads the keys anew.
 
     `on_ready` is called when `num_ready` instances take requests. Raises `ConfigError` if the port cannot be had, and
     `EngineError` if no instance gets ready in time. `loop` should be new: the router adds its machine to it.
@@ -230,6 +241,10 @@ async def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         running.add_signal_handler(number, signalled)
     router = Router(config, loop, machine, engines, fleet, roles)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if router.door.key_watch is not None:
+        running.add_signal_handler(signal.SIGHUP, router.door.key_watch.told)
+        signals.append(signal.SIGHUP)
     try:
         async with router:
             if await _unless(stopping, router.wait_ready(num_ready)):
@@ -241,7 +256,7 @@ async def serve(
                     if isinstance(engine, SupervisedEngine):
                         engine.kill()
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             running.remove_signal_handler(number)
 
 

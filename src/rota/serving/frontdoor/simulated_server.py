@@ -19,7 +19,8 @@ from rota.runtime.live import LiveLoop
 from rota.serving.api import StepTimePredictor
 from rota.serving.assemble import SystemConfig, build
 from rota.serving.engines.engine import EngineCall, Headers
-from rota.serving.frontdoor.http1 import Exchange, HttpServer
+from rota.serving.frontdoor.exchange import Exchange
+from rota.serving.frontdoor.http1 import HttpServer
 from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.live.simulated import SimulatedEngine, simulated_engines

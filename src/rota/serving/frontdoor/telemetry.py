@@ -19,6 +19,10 @@ class Telemetry:
         self.rejections = Counter(
             "rota:rejections", "Requests that a policy or a full queue refused", ["status"], registry=self.registry
         )
+        self.refusals_held = Counter(
+            "rota:refusals_held", "Refusals that were kept back, or never sent, since they were too many",
+            registry=self.registry,
+        )  # fmt: skip
         self.retries = Counter("rota:retries", "Attempts beyond the first", registry=self.registry)
         self.clients_left = Counter(
             "rota:clients_left", "Clients that left before their answer was complete", registry=self.registry
@@ -66,6 +70,9 @@ class Telemetry:
             "Bytes of the blocks that destinations were offered; what they had cached they did not pull",
             ["way"],
             registry=self.registry,
+        )
+        self.key_file_broken = Gauge(
+            "rota:key_file_broken", "1 while older keys count, since their file cannot be used", registry=self.registry
         )
         self.unfinished = Gauge("rota:num_requests_unfinished", "Entered and not yet ended", registry=self.registry)
 
