@@ -6,11 +6,17 @@ The policies run on the router's own views, in its own machine, with reports tha
 the call of the dispatch policy, an `arrival` the machine's whole answer, admission and accounting included; there is
 one report for each, as at one request a second for each instance, which reports every second. Policies that look at
 roles are also asked in a fleet of three of them, and where a request decodes. An `admit` is the call of
-`deadline_admission` for a prompt of 32,000 tokens, with eight of them waiting at each instance. A `round` of migration
-is the call of the policy, which comes every 0.05 s: a `live` one, where a twentieth of the instances has reported since
-the last, and a `fresh` one, where all have, which is the worst there is. One instance in sixteen is short of memory,
-with a head that does not fit, so that there is something to plan; nothing comes of any move, so that there is as much
-to plan in each round.
+`deadline_admission` for a prompt of 32,000 tokens, with eight of them waiting at each instance.
+
+The rows of `long prompts` are of prompts of 24,000 to 32,000 tokens, by blocks of 16 that the router remembers, one
+dispatch policy after the other behind `bounded_queue` and one admission policy after the other before
+`prefix_then_load`. There a `request` is all that the machine does for one: admission, dispatch, what it remembers of
+the prompt, first token and end.
+
+A `round` of migration is the call of the policy, which comes every 0.05 s: a `live` one, where a twentieth of the
+instances has reported since the last, and a `fresh` one, where all have, which is the worst there is. One instance in
+sixteen is short of memory, with a head that does not fit, so that there is something to plan; nothing comes of any
+move, so that there is as much to plan in each round.
 
 Counted is CPU time of the process. A figure is the median over the calls of a round, then over the rounds, beside the
 lowest and the highest round, and the slowest call of all."""
@@ -22,6 +28,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,9 +36,10 @@ from typing import Any
 from rota import __version__
 from rota.base.instant import Instant, after, seconds
 from rota.base.random_streams import Stream
-from rota.serving.api import InstanceId, Request, RequestId, SequenceReport
+from rota.serving.api import InstanceId, QueueRules, Request, RequestId, SequenceReport, TenantId
 from rota.serving.cluster.ledger import ClusterReading
 from rota.serving.cluster.machine import ClusterMachine
+from rota.serving.cluster.prefix_index import PrefixIndex
 from rota.serving.model.events import (
     FirstTokenSeen,
     InstanceReported,
@@ -40,16 +48,19 @@ from rota.serving.model.events import (
     RequestFinished,
 )
 from rota.serving.model.instance import InstanceLimits, InstanceReport, InstanceSpec, Role
+from rota.serving.policies.admission import ADMISSION
 from rota.serving.policies.admission.bounded_queue import BoundedQueue
 from rota.serving.policies.admission.deadline_admission import DeadlineAdmission
 from rota.serving.policies.dispatch import DISPATCH
 from rota.serving.policies.dispatch.least_outstanding_tokens import LeastOutstandingTokens
 from rota.serving.policies.dispatch.round_robin import RoundRobin
 from rota.serving.policies.migration import MIGRATION
+from rota.serving.policies.order import ORDER
 from rota.serving.predictors.step_time.profiles import load_profile
 
 DISPATCH_TARGET_MS = 0.1
 MIGRATION_TARGET_MS = 5.0
+REQUEST_TARGET_MS = 0.45
 NUM_BLOCKS = 3000
 BLOCK_SIZE = 16
 NUM_DISPATCHES = 500
@@ -167,6 +178,101 @@ def dispatch_costs(
     return found | {"pick_decode": decode_costs} if decode_costs else found
 
 
+def costs_of_calls(policy: Any, method: str) -> list[float]:
+    """What each later call of a policy's method costs, as the calls come."""
+    asked, costs_ms = getattr(policy, method), []
+
+    def timed(*arguments: Any) -> Any:
+        before = time.process_time_ns()
+        answer = asked(*arguments)
+        costs_ms.append((time.process_time_ns() - before) / 1e6)
+        return answer
+
+    setattr(policy, method, timed)
+    return costs_ms
+
+
+class LongPrompts:
+    """A router's machine that is sent prompts of 24,000 to 32,000 tokens in blocks of 16, with eight requests at each
+    instance, about half of which have their first token.
+
+    All share 1,024 tokens, and every second one goes on from one of the last 256: it shares the most of that.
+    """
+
+    def __init__(self, dispatch: Any, admission: Any, num_instances: int, queue: QueueRules, order: Any) -> None:
+        self.stream = Stream(2, "long prompts")
+        self.now = Instant(seconds(1))
+        self.costs_ms = {"admit": costs_of_calls(admission, "admit"), "pick": costs_of_calls(dispatch, "pick")}
+        self.costs_ms |= {"arrival": [], "first token": [], "end": []}
+        self.machine = ClusterMachine(dispatch, admission, prefix_index=PrefixIndex(), queue=queue, order=order)
+        self.system_prompt = self.new_hashes(64)
+        self.sessions: list[tuple[int, ...]] = []
+        self.waiting: deque[tuple[RequestId, InstanceId]] = deque()
+        self.running: deque[tuple[RequestId, InstanceId]] = deque()
+        limits = InstanceLimits(num_blocks=60_000, block_size=BLOCK_SIZE)
+        for number in range(num_instances):
+            self.machine.handle(InstanceStarted(InstanceSpec(InstanceId(f"i{number:04}"), limits)), self.now)
+        for _ in range(8 * num_instances):
+            self.arrive()
+            if len(self.waiting) > 4 * num_instances:
+                self.first_token()
+
+    def new_hashes(self, num: int) -> tuple[int, ...]:
+        return tuple([self.stream.integers(-(2**63), 2**63) for _ in range(num)])
+
+    def arrive(self) -> None:
+        self.now = after(self.now, seconds(0.01))
+        length = self.stream.integers(1500, NUM_LONG_PROMPT_TOKENS // BLOCK_SIZE + 1)
+        is_new = not self.sessions or self.stream.integers(0, 2)
+        before = self.system_prompt if is_new else self.sessions[self.stream.integers(0, len(self.sessions))]
+        before = before[: length * 7 // 8]
+        hashes = before + self.new_hashes(length - len(before))
+        self.sessions = [*self.sessions[-255:], hashes]
+        name = f"r{self.stream.integers(0, 2**62)}"
+        tenant = TenantId(f"t{self.stream.integers(0, 10)}")
+        request = Request(RequestId(name), self.now, length * BLOCK_SIZE, 300, tenant=tenant, block_hashes=hashes)
+        for command in self.timed("arrival", RequestArrived(request)):
+            self.waiting.append((command.request_id, command.instance_id))
+
+    def first_token(self) -> None:
+        self.running.append(self.waiting.popleft())
+        self.timed("first token", FirstTokenSeen(*self.running[-1]))
+
+    def end(self) -> None:
+        request_id, instance_id = self.running.popleft()
+        for command in self.timed("end", RequestFinished(request_id, instance_id, 200)):
+            self.waiting.append((command.request_id, command.instance_id))
+
+    def timed(self, what: str, event: Any) -> Any:
+        before = time.process_time_ns()
+        commands = self.machine.handle(event, self.now)
+        self.costs_ms[what].append((time.process_time_ns() - before) / 1e6)
+        return commands
+
+
+def long_prompt_costs(
+    num_instances: int, *, dispatch: str = "prefix_then_load", admission: str = "bounded_queue", order: str = ""
+) -> dict[str, list[float]]:
+    """One round: what the two policies take for a long prompt, the whole machine for its arrival, and for all of the
+    request: arrival, first token and end."""
+    services = {"stream": Stream(1, dispatch), "step_time": load_profile("llama-3.1-8b-a100").predictor()}
+    parameters = {"ttft_seconds": 6000.0} if admission == "deadline_admission" else {"max_unfinished": 10**9}
+    sent = LongPrompts(
+        DISPATCH.create(dispatch, services=services),
+        ADMISSION.create(admission, parameters, services=services),
+        num_instances,
+        QueueRules(max_outstanding_per_instance=8 if order else 0),
+        ORDER.create(order) if order else None,
+    )
+    for _ in range(NUM_DISPATCHES):
+        sent.end()
+        sent.first_token()
+        sent.arrive()
+    found = {what: costs[-NUM_DISPATCHES:] for what, costs in sent.costs_ms.items()}
+    parts = (found.pop("end"), found.pop("first token"), found["arrival"])
+    return found | {"request": [sum(each) for each in zip(*parts, strict=True)]}
+
+
 def admission_costs(num_instances: int) -> list[float]:
     """One round: what `deadline_admission` takes to promise or refuse, where eight prompts wait at each instance."""
     policy = DeadlineAdmission(step_time=load_profile("llama-3.1-8b-a100").predictor(), ttft_seconds=6000.0)
@@ -239,6 +345,14 @@ def main() -> None:
                     results[f"{what} {label} {num_instances}"] = row(rounds, DISPATCH_TARGET_MS)
         promised = [admission_costs(num_instances) for _ in range(arguments.rounds)]
         results[f"admit deadline_admission {num_instances}"] = row(promised, DISPATCH_TARGET_MS)
+        for policies in [{"dispatch": name} for name in DISPATCH.names()] + [
+            {"admission": name} for name in ADMISSION.names() if name != "bounded_queue"
+        ]:
+            measured = [long_prompt_costs(num_instances, **policies) for _ in range(arguments.rounds)]
+            for what in measured[0]:
+                label = f"{what} {next(iter(policies.values()))} long prompts {num_instances}"
+                target_ms = REQUEST_TARGET_MS if what == "request" else DISPATCH_TARGET_MS
+                results[label] = row([each[what] for each in measured], target_ms)
         for name in MIGRATION.names():
             measured = [migration_costs(name, num_instances, arguments.num_running) for _ in range(arguments.rounds)]
             for how in ("live", "fresh"):

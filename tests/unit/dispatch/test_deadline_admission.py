@@ -1,7 +1,10 @@
 """What is promised is kept where step times are exact, refusals say why, and the sheddable go first."""
 
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from rota.serving.model.instance import InstanceLimits, InstanceSpec
 from rota.serving.model.request import SLO
 from rota.serving.policies.admission.deadline_admission import DeadlineAdmission
 from rota.serving.predictors.step_time.affine import AffineStepTime
+from rota.serving.predictors.step_time.profiles import load_profile
 from rota.serving.sim.cluster import SimulatedCluster
 from rota.serving.stack import Parameters, StackConfig
 from rota.testing.dispatch import ClusterSample, InstanceSample
@@ -90,6 +94,93 @@ def test_with_exact_step_times_and_lengths_every_promise_is_kept(series: list[tu
         if record.status == "finished":
             assert record.first_token_at - request.arrived_at <= request.slo.ttft
             assert record.finished_at - record.first_token_at <= request.slo.tpot * (num_output - 1)
+
+
+class AskedEverywhere(DeadlineAdmission):
+    """What it must agree with: every instance is forecast, and what waits there is counted each time."""
+
+    def _best(self, request, instances, share, now):  # type: ignore[no-untyped-def]
+        best = None
+        for place in self._places.values():
+            place._num_left = None
+        for view in instances:
+            forecast = self._forecast(request, view, now)
+            is_later = best is not None and forecast.ttft >= best.ttft
+            if not is_later and self._obstacle(request, view, forecast, share) is None:
+                best = forecast
+        return best
+
+
+def arrivals_at_a_fleet(draw: random.Random) -> Iterator[tuple[Request, tuple[InstanceSample, ...], Instant]]:
+    """Requests of unlike lengths, classes and targets to instances of unlike limits, prefixes and counts."""
+    ids = [InstanceId(f"i{number}") for number in range(draw.randint(1, 12))]
+    alike, now = draw.random() < 0.5, 0
+    scale = draw.choice([100, 3000, 30_000])
+    limits = [draw.choice([(256, 40_000, 2048), (6, 40_000, 2048), (256, 9000, 512)]) for _ in ids]
+    for number in range(40):
+        now += milliseconds(draw.choice([0, 20, 500]))
+        views = []
+        for each, (max_num_seqs, num_blocks, budget) in zip(
+            ids, limits[:1] * len(ids) if alike else limits, strict=True
+        ):
+            num_requests = draw.randint(0, 8)
+            views.append(
+                InstanceSample(
+                    each,
+                    max_num_seqs=max_num_seqs,
+                    num_blocks=num_blocks,
+                    max_num_batched_tokens=budget,
+                    num_outstanding_requests=num_requests,
+                    num_outstanding_tokens=num_requests * (1 + draw.choice([0, scale, scale * 2])),
+                    num_cached_blocks=draw.choice([0, 0, 3, 100]),
+                )
+            )
+        slo = SLO(
+            ttft=draw.choice([None, milliseconds(300), seconds(3), seconds(60)]),
+            tpot=draw.choice([None, None, milliseconds(30), milliseconds(300)]),
+        )
+        num_prompt = draw.choice([scale, draw.randint(1, 2 * scale)])
+        hashes = tuple(range(num_prompt // 16)) if draw.random() < 0.7 else ()
+        fact = asked(number, num_prompt, draw.randint(1, 500), slo=slo, priority=draw.choice([0, 0, 1]))
+        yield msgspec.structs.replace(fact, block_hashes=hashes), tuple(views), Instant(now)
+
+
+PROFILE = load_profile("llama-3.1-8b-a100").predictor()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_asks_of_few_instances_and_answers_as_if_it_had_asked_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    given: dict[str, Any] = {"ttft_seconds": draw.choice([1.0, 30.0]), "step_time": draw.choice([STEPS, PROFILE])}
+    given |= {"step_overhead": milliseconds(draw.choice([0, 2])), "step_tokens": draw.choice([None, None, 300])}
+    few, all_ = DeadlineAdmission(**given), AskedEverywhere(**given)
+    unfinished: list[Request] = []
+    for request, views, now in arrivals_at_a_fleet(draw):
+        cluster = ClusterSample(now, views)
+        answer = few.admit(request, cluster, 0)
+        assert answer == all_.admit(request, cluster, 0)
+        unfinished += [request] if answer.admitted else []
+        while unfinished and draw.random() < 0.4:
+            ended, num_output = unfinished.pop(draw.randrange(len(unfinished))), draw.choice([None, 5, 100])
+            few.request_ended(ended, num_output)
+            all_.request_ended(ended, num_output)
+
+
+def test_the_predictor_is_asked_of_few_instances() -> None:
+    class Counted(AffineStepTime):
+        num_asked = 0
+
+        def step_time(self, **what: Any) -> int:
+            self.num_asked += 1
+            return super().step_time(**what)
+
+    steps, draw = Counted(base_ms=10.0, token_us=100.0, kv_token_ns=100.0), random.Random(0)
+    asking = policy(step_time=steps, ttft_seconds=1e6)
+    views = tuple(InstanceSample(InstanceId(f"i{number:02}"), num_blocks=10**6) for number in range(64))
+    for number in range(640):
+        steps.num_asked = steps.num_asked if number > 320 else 0
+        assert asking.admit(asked(number, draw.randint(1, 2000)), ClusterSample(Instant(number), views), 0).admitted
+    assert steps.num_asked < 320 * 64 / 2
 
 
 def flood() -> list[tuple[Request, int]]:

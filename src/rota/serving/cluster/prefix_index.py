@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from rota.base.errors import LawBroken
-from rota.serving.cluster.prefix_runs import PrefixRuns
+from rota.serving.cluster.prefix_runs import PrefixRuns, RunsByFirst, leading
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request
 
@@ -29,6 +29,7 @@ class PrefixIndex:
     def __init__(self, *, max_entries: int = 1_000_000) -> None:
         self._max_entries = max_entries
         self._num_entries = 0
+        self._by_first: RunsByFirst = {}
         self._runs_of: dict[InstanceId, PrefixRuns] = {}
         # The answer for the request asked about last: a policy asks once for each instance.
         self._matched: Request | None = None
@@ -42,13 +43,14 @@ class PrefixIndex:
         """Start to remember for an instance that holds `num_blocks` blocks of `block_size` tokens; what was remembered
         of it is dropped."""
         self.forget_instance(instance_id)
-        self._runs_of[instance_id] = PrefixRuns(num_blocks * block_size, block_size)
+        self._runs_of[instance_id] = PrefixRuns(instance_id, num_blocks * block_size, block_size, self._by_first)
 
     def forget_instance(self, instance_id: InstanceId) -> None:
         """Drop all that is remembered of an instance, known or not: its cache is gone."""
         runs = self._runs_of.pop(instance_id, None)
         if runs is not None:
             self._num_entries -= runs.num_blocks
+            runs.evict(runs.num_blocks)
         self._matched = None
 
     def match(self, request: Request) -> Mapping[InstanceId, int]:
@@ -108,21 +110,17 @@ class PrefixIndex:
             )
 
     def _find(self, request: Request) -> None:
-        hashes = request.block_hashes
         match: dict[InstanceId, int] = {}
         num_tokens: dict[InstanceId, int] = {}
-        num_held = 0
-        for instance_id, runs in self._runs_of.items() if hashes else ():
-            # Prompts often part at one place, where what they share ends: what held for the last is tried first.
-            found = runs.num_leading(hashes, num_held)
-            if found:
-                num_held = match[instance_id] = found
-                per_hash = request.hash_block_tokens or runs.block_size
-                num_tokens[instance_id] = min(num_held * per_hash, request.num_prompt_tokens)
+        for runs, num_held in leading(self._by_first, request.block_hashes).items():
+            match[runs.instance_id] = num_held
+            per_hash = request.hash_block_tokens or runs.block_size
+            num_tokens[runs.instance_id] = min(num_held * per_hash, request.num_prompt_tokens)
         self._matched, self._match, self._num_tokens = request, MappingProxyType(match), num_tokens
 
     def _shrink(self) -> None:
-        largest = min(self._runs_of, key=lambda instance_id: (-self._runs_of[instance_id].num_blocks, instance_id))
+        most = max([runs.num_blocks for runs in self._runs_of.values()])
+        largest = min([instance_id for instance_id, runs in self._runs_of.items() if runs.num_blocks == most])
         runs = self._runs_of[largest]
         num_before = runs.num_blocks
         runs.evict(self._num_entries - self._max_entries)

@@ -3,6 +3,39 @@
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 
+from rota.serving.model.instance import InstanceId
+
+RunsByFirst = dict[Hashable, "list[_Run]"]
+"""The slices of all instances by their first hash."""
+
+
+def leading(by_first: RunsByFirst, hashes: tuple[Hashable, ...]) -> "dict[PrefixRuns, int]":
+    """How many of a prompt's hashes, from the first on, each instance holds that holds any.
+
+    O(slices along the prompt at any instance), times log blocks where instances do not part from it at the same place.
+    """
+    found: dict[PrefixRuns, int] = {}
+    num_hashes, start, guess = len(hashes), 0, 0
+    ends: set[int] = set()
+    while start < num_hashes:
+        for run in by_first.get(hashes[start], ()):
+            if run.start != start or found.get(run.owner, 0) != start:
+                continue
+            # Prompts often part at one place, where what they share ends: what held for the last is tried first.
+            own, place = run.hashes, guess - run.offset
+            if start < guess < run.end and own[place] != hashes[guess] and own[place - 1] == hashes[guess - 1]:
+                end = guess
+            else:
+                end = run.agrees_until(hashes, num_hashes)
+                guess = end if end < num_hashes else 0
+                ends.add(end)
+            found[run.owner] = end
+        if not ends:
+            break
+        start = min(ends)
+        ends.remove(start)
+    return found
+
 
 class PrefixRuns:
     """The blocks of a prefix cache that evicts whoever was not used for longest, the end of a prefix before its
@@ -15,33 +48,25 @@ class PrefixRuns:
     O(slices along the prompt × log blocks) to look up and to record. Many slices lie along a prompt only where each
     was sent shorter than the one before; the next to be recorded takes them all.
 
-    At most two hashes are kept for each block that is held, whatever the prompts were. A slice takes some 350 bytes,
+    At most two hashes are kept for each block that is held, whatever the prompts were. A slice takes some 400 bytes,
     each of its blocks 8 and what its hash takes.
 
     Hashes that are not chained (two prompts found with equal digests) make it forget more than it should, or match
     what was not sent; they break nothing.
     """
 
-    __slots__ = ("_by_age", "_by_first", "block_size", "max_tokens", "num_blocks", "num_tokens")
+    __slots__ = ("_by_age", "_by_first", "block_size", "instance_id", "max_tokens", "num_blocks", "num_tokens")
 
-    def __init__(self, max_tokens: int, block_size: int) -> None:
+    def __init__(self, instance_id: InstanceId, max_tokens: int, block_size: int, by_first: RunsByFirst) -> None:
+        """`by_first` is shared by the instances of one index."""
+        self.instance_id = instance_id
         self.max_tokens = max_tokens
         self.block_size = block_size
         self.num_blocks = 0
         self.num_tokens = 0
         """What the blocks stand for, at most `max_tokens`."""
         self._by_age: OrderedDict[_Run, None] = OrderedDict()
-        self._by_first: dict[Hashable, _Run] = {}
-
-    def num_leading(self, hashes: tuple[Hashable, ...], guess: int = 0) -> int:
-        """How many of a prompt's hashes are held, from the first on. A right `guess` saves the bisection."""
-        num_held, num_hashes = 0, len(hashes)
-        while num_held < num_hashes:
-            run = self._by_first.get(hashes[num_held])
-            if run is None or run.start != num_held:
-                break
-            num_held = run.agrees_until(hashes, num_hashes, guess)
-        return num_held
+        self._by_first = by_first
 
     def record(self, hashes: tuple[Hashable, ...], per_hash: int) -> None:
         """A prompt was sent whose hashes stand for `per_hash` tokens each: as many of its leading blocks as fit are the
@@ -51,10 +76,10 @@ class PrefixRuns:
             return
         start = 0
         while start < num_hashes:
-            run = self._by_first.get(hashes[start])
+            run = self._named(hashes[start])
             if run is None or run.start != start:
                 break
-            del self._by_first[hashes[start]]
+            self._unname(run)
             start = run.agrees_until(hashes, num_hashes)
             self._count(run, run.start - start)
             run.start = start
@@ -63,7 +88,7 @@ class PrefixRuns:
             else:
                 run.compact()
                 self._name(run)
-        newest = _Run(hashes, num_hashes, per_hash)
+        newest = _Run(self, hashes, num_hashes, per_hash)
         newest.compact()
         self._name(newest)
         self._by_age[newest] = None
@@ -93,13 +118,27 @@ class PrefixRuns:
         self.num_blocks += num_blocks
         self.num_tokens += num_blocks * run.per_hash
 
+    def _named(self, first: Hashable) -> "_Run | None":
+        """The slice of this instance that begins with a hash."""
+        for run in self._by_first.get(first, ()):
+            if run.owner is self:
+                return run
+        return None
+
     def _name(self, run: "_Run") -> None:
         """Have a slice be found by its first hash."""
         first = run.hashes[run.start - run.offset]
-        namesake = self._by_first.get(first)
+        namesake = self._named(first)
         if namesake is not None:  # Only where hashes are not chained.
             self._shorten(namesake, namesake.end - namesake.start)
-        self._by_first[first] = run
+        self._by_first.setdefault(first, []).append(run)
+
+    def _unname(self, run: "_Run") -> None:
+        first = run.hashes[run.start - run.offset]
+        alike = self._by_first[first]
+        alike.remove(run)
+        if not alike:
+            del self._by_first[first]
 
     def _shorten(self, run: "_Run", num_blocks: int) -> None:
         num_dropped = min(num_blocks, run.end - run.start)
@@ -107,7 +146,7 @@ class PrefixRuns:
         run.end -= num_dropped
         if run.end == run.start:
             del self._by_age[run]
-            del self._by_first[run.hashes[run.start - run.offset]]
+            self._unname(run)
         else:
             run.compact()
 
@@ -115,9 +154,10 @@ class PrefixRuns:
 class _Run:
     """The blocks from `start` to `end` of a prompt, which was the last to use them."""
 
-    __slots__ = ("end", "hashes", "offset", "per_hash", "start")
+    __slots__ = ("end", "hashes", "offset", "owner", "per_hash", "start")
 
-    def __init__(self, hashes: tuple[Hashable, ...], end: int, per_hash: int) -> None:
+    def __init__(self, owner: PrefixRuns, hashes: tuple[Hashable, ...], end: int, per_hash: int) -> None:
+        self.owner = owner
         self.hashes = hashes
         """Those of the prompt from `offset` on, to `end` or beyond."""
         self.offset = 0
@@ -125,14 +165,10 @@ class _Run:
         self.end = end
         self.per_hash = per_hash
 
-    def agrees_until(self, hashes: tuple[Hashable, ...], num_hashes: int, guess: int = 0) -> int:
+    def agrees_until(self, hashes: tuple[Hashable, ...], num_hashes: int) -> int:
         """Where the first `num_hashes` of a prompt part from these, or either ends; they agree in the first one."""
         own, offset = self.hashes, self.offset
         least, most = self.start + 1, min(self.end, num_hashes)
-        if least <= guess <= most and own[guess - 1 - offset] == hashes[guess - 1]:
-            if guess == most or own[guess - offset] != hashes[guess]:
-                return guess
-            least = guess + 1
         if own[most - 1 - offset] == hashes[most - 1]:
             return most
         most -= 1

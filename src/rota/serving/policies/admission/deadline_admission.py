@@ -1,6 +1,6 @@
 """Promise a first token and a pace on arrival, or refuse."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from rota.base.errors import ConfigError
 from rota.base.instant import Duration, Instant, after, milliseconds, seconds, to_seconds
@@ -17,8 +17,14 @@ from rota.serving.api import (
 )
 from rota.serving.policies.admission.drain_rate import DrainRate
 from rota.serving.policies.admission.fitting import why_never
+from rota.serving.policies.admission.step_floors import CONTEXT_BITS, KV_BITS, StepFloors
 
 _OUTPUTS_REMEMBERED = 512
+_NEVER = 2**63
+
+_Steps = tuple[int, int, int, int, int, int, int]
+"""Of a step of the last prompt at an instance: its prefill tokens, its decodes, the context of the one and the KV of
+the others. And what the first token comes after, whichever is sooner: so many steps; or a wait and so many steps."""
 
 
 class DeadlineAdmission:
@@ -73,6 +79,7 @@ class DeadlineAdmission:
             if not is_within:
                 raise ConfigError(f"deadline_admission: {name} is out of bounds: {value}")
         self._step_time = step_time
+        self._floors = StepFloors(step_time)
         self._step_overhead = step_overhead
         self._margin = margin
         self._ttft = seconds(ttft_seconds)
@@ -95,16 +102,11 @@ class DeadlineAdmission:
         if not cluster.instances:
             return Admission(True, "no instance is ready, so nothing is promised")
         share = self._sheddable_share if request.priority >= self._sheddable_from else 1.0
-        best: _Forecast | None = None
-        why = ""
-        for view in cluster.instances:
-            forecast = self._forecast(request, view, now)
-            obstacle = self._obstacle(request, view, forecast, share)
-            if obstacle is None and (best is None or forecast.ttft < best.ttft):
-                best = forecast
-            why = why or obstacle or ""
+        best = self._best(request, cluster.instances, share, now)
         if best is None:
-            return self._refuse(request, why, share, now)
+            first = cluster.instances[0]
+            why = self._obstacle(request, first, self._forecast(request, first, now), share)
+            return self._refuse(request, why or "", share, now)
         self._drain.let_in(now)
         self._promise(request, best, now)
         words = f"the first token is promised within {to_seconds(self._ttft_of(request)):.3g} s"
@@ -130,13 +132,90 @@ class DeadlineAdmission:
 
     # --- the forecast ------------------------------------------------------------------------------------------------
 
+    def _best(
+        self, request: Request, instances: Sequence[InstanceView], share: float, now: Instant
+    ) -> "_Forecast | None":
+        """Of what it would be at the instances where nothing is in the way, the earliest first token; the first by id
+        among equals.
+
+        Forecasts are made in the order of how early it may be, until that is later than the best or than the target.
+        """
+        target, factor = self._ttft_of(request), (1 + self._margin) / share
+        best: _Forecast | None = None
+        at_best = -1
+        steps, order = self._steps_at(request, instances, now)
+        predicted: dict[tuple[int, int], tuple[int, int, int]] = {}
+        for each in order:
+            earliest, at = divmod(each, len(instances))
+            if earliest * factor > target if best is None else earliest > best.ttft:
+                break
+            num_prefill, num_ahead, context, num_kv, num_steps, wait, num_own_steps = steps[at]
+            less = predicted.get((num_prefill, num_ahead))
+            if best is not None and less is not None and less[0] <= context and less[1] <= num_kv and at > at_best:
+                # With more work than a step that was predicted, a step is no shorter.
+                step = less[2]
+                if num_steps * step >= best.ttft and wait + num_own_steps * step >= best.ttft:
+                    continue
+            forecast = self._forecast(request, instances[at], now)
+            predicted[num_prefill, num_ahead] = context, num_kv, forecast.step
+            if best is not None and (forecast.ttft, at) >= (best.ttft, at_best):
+                continue
+            if self._obstacle(request, instances[at], forecast, share) is None:
+                best, at_best = forecast, at
+        return best
+
+    def _steps_at(
+        self, request: Request, instances: Sequence[InstanceView], now: Instant
+    ) -> tuple[list[_Steps], list[int]]:
+        """What the steps to the first token are at each instance; and when that comes at the earliest, times the number
+        of instances, plus the place of the instance among them, the earliest first. In line, for there are many."""
+        num_prompt, has_hashes, budget = request.num_prompt_tokens, bool(request.block_hashes), self._step_tokens
+        num_more, overhead = num_prompt + self._guess(request), self._step_overhead
+        places, floors, num_instances = self._places, self._floors, len(instances)
+        steps: list[_Steps] = []
+        order = []
+        for at, view in enumerate(instances):
+            num_own = num_prompt
+            if has_hashes:
+                num_own -= view.num_prefix_tokens(request)
+                if num_own < 1:
+                    num_own = 1
+            num_prefill = budget or view.max_num_batched_tokens
+            place = places.get(view.id)
+            num_steps, wait, num_own_steps = 0, _NEVER, 0
+            if place is None:
+                num_ahead, context, num_kv = 0, num_prompt // 2, num_more
+                num_left = num_own
+            else:
+                place.look(view.num_outstanding_tokens - view.num_outstanding_requests)
+                num_ahead = place.num_promises
+                num_prefill -= num_ahead
+                if num_prefill < 1:
+                    num_prefill = 1
+                num_left = place.num_waiting + num_own
+                context = (place.num_weighted + num_own * num_prompt) // (2 * num_left)
+                num_kv = place.num_kv_tokens + num_more
+                if num_left > num_own and place.busy_until > now:
+                    wait, num_own_steps = place.busy_until - now, (num_own - 1) // num_prefill + 2
+            num_steps = (num_left - 1) // num_prefill + 2
+            cell = num_prefill, context >> CONTEXT_BITS, num_ahead, num_kv >> KV_BITS
+            step = overhead + (floors.known.get(cell) or floors.ask(cell))
+            earliest = num_steps * step
+            if wait < earliest and wait + num_own_steps * step < earliest:
+                earliest = wait + num_own_steps * step
+            order.append(earliest * num_instances + at)
+            steps.append((num_prefill, num_ahead, context, num_kv, num_steps, wait, num_own_steps))
+        order.sort()
+        return steps, order
+
     def _forecast(self, request: Request, view: InstanceView, now: Instant) -> "_Forecast":
         """What it would be to come last at an instance."""
         place = self._places.get(view.id) or _Place(view.id)
         num_ahead = len(place.promises)
         num_kv = place.num_kv_tokens + request.num_prompt_tokens + self._guess(request)
         num_own = max(1, request.num_prompt_tokens - view.num_prefix_tokens(request))
-        num_waiting, num_weighted = place.waiting(view)
+        place.look(view.num_outstanding_tokens - view.num_outstanding_requests)
+        num_waiting, num_weighted = place.num_waiting, place.num_weighted
         budget = self._step_tokens or view.max_num_batched_tokens
         num_prefill = max(1, budget - num_ahead)
         num_weighted += num_own * request.num_prompt_tokens
@@ -217,43 +296,62 @@ class _Promise:
 class _Place:
     """Who was promised something at one instance, in the order in which they were."""
 
-    __slots__ = ("busy_until", "id", "num_kv_tokens", "promises", "tightest")
+    __slots__ = (
+        "_num_left",
+        "busy_until",
+        "id",
+        "num_kv_tokens",
+        "num_promises",
+        "num_waiting",
+        "num_weighted",
+        "promises",
+        "tightest",
+    )
 
     def __init__(self, instance_id: InstanceId) -> None:
         self.id = instance_id
         self.promises: dict[RequestId, _Promise] = {}
+        self.num_promises = 0
         self.num_kv_tokens = 0
         self.tightest: Duration | None = None
         self.busy_until = Instant(0)
         """When the last of them has its first token, as it was predicted."""
+        self.num_waiting = 0
+        """Prompt tokens that were still to be computed here when it was last looked at."""
+        self.num_weighted = 0
+        """Their sum by the length of their prompts."""
+        self._num_left: int | None = None
 
     def remember(self, request_id: RequestId, promise: _Promise) -> None:
         self.promises[request_id] = promise
+        self.num_promises = len(self.promises)
         self.num_kv_tokens += promise.num_kv_tokens
         self.tightest = min((each for each in (self.tightest, promise.tpot) if each is not None), default=None)
+        self._num_left = None
 
     def forget(self, request_id: RequestId) -> None:
         promise = self.promises.pop(request_id)
+        self.num_promises = len(self.promises)
         self.num_kv_tokens -= promise.num_kv_tokens
         if promise.tpot is not None and promise.tpot == self.tightest:
             self.tightest = min((each.tpot for each in self.promises.values() if each.tpot is not None), default=None)
+        self._num_left = None
 
-    def waiting(self, view: InstanceView) -> tuple[int, int]:
-        """Prompt tokens that are still to be computed here, and their sum by the length of their prompts. First tokens
-        come in the order of arrival, so those that have none are the last; how many follows from the router's own
-        count."""
-        num_left = view.num_outstanding_tokens - view.num_outstanding_requests
+    def look(self, num_left: int) -> None:
+        """Count what waits. First tokens come in the order of arrival, so those that have none are the last; how many
+        follows from `num_left`, the router's own count of tokens less that of requests. Counted anew where that has
+        changed."""
+        if num_left == self._num_left:
+            return
+        self._num_left = num_left
         num_waiting = num_weighted = 0
-        for promise in self._newest_first():
+        for promise in reversed(self.promises.values()):
             if num_left <= 0:
                 break
             num_left -= promise.num_prompt_tokens - 1
             num_waiting += promise.num_own
             num_weighted += promise.num_own * promise.num_prompt_tokens
-        return num_waiting, num_weighted
-
-    def _newest_first(self) -> Iterator[_Promise]:
-        return reversed(self.promises.values())
+        self.num_waiting, self.num_weighted = num_waiting, num_weighted
 
 
 class _Forecast:

@@ -14,8 +14,10 @@ def why_never(request: Request, cluster: ClusterView, slack: float) -> str | Non
     if not instances:
         return None
     num_needed = request.num_prompt_tokens + (request.max_tokens if request.declares_max_tokens else 1)
-    most = max(min(each.max_model_len, each.num_blocks * each.block_size) for each in instances)
-    if num_needed <= most * (1 + slack):
-        return None
+    most = 0
+    for each in instances:
+        most = max(most, min(each.max_model_len, each.num_blocks * each.block_size))
+        if num_needed <= most * (1 + slack):
+            return None
     fitting = f"prompt and max_tokens come to {num_needed} tokens, and the largest instance takes {most}"
     return f"the request can never fit: {fitting}"
