@@ -18,6 +18,7 @@ from tests.worlds.test_router_failover import ask, assert_whole, body_of, withou
 from tests.worlds.test_router_moves import ask_router
 
 from rota.base.journal import Journal
+from rota.base.replay import replay
 from rota.cli.top import _drawn
 from rota.runtime.clocks import SystemClock
 from rota.runtime.live import LiveLoop
@@ -147,6 +148,8 @@ async def simulated(*roles: Role, stack: StackConfig = POOLS, **more: Any) -> As
             engine._machine.check()
             assert not engine._speakers and not engine._leaving and not engine._coming
         running.router.cluster.machine.check()
+    difference = replay(running.journal.rows, build(running.config).by_name())
+    assert difference is None, str(difference)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -217,6 +220,20 @@ async def test_streams_outlive_the_loss_of_either_side(lost: int) -> None:
         answers = await asyncio.gather(*asking)
         running.simulated[lost].come_back()
     assert [said(raw) for _, raw in answers] == expected
+
+
+@pytest.mark.asyncio
+async def test_who_was_lost_where_it_decoded_is_handed_on_again() -> None:
+    async with simulated(Role.PREFILL, Role.DECODE, Role.DECODE) as running:
+        asking = asyncio.create_task(ask(running, words(300, return_token_ids=True)))
+        await until(lambda: bool(commands(running.journal, Commit)))
+        first = commands(running.journal, Migrate)[0].destination
+        next(engine for engine in running.simulated if engine.id == first).lose()
+        assert len(said((await asking)[1])) == 330
+        again = commands(running.journal, Migrate)[1:]
+        assert [each.instance_id for each in commands(running.journal, Dispatch)] == ["sim-0", "sim-0"]
+    assert [(each.source, each.way) for each in again] == [("sim-0", Way.HAND_OFF)]
+    assert {first, again[0].destination} == {"sim-1", "sim-2"}
 
 
 @pytest.mark.asyncio

@@ -9,6 +9,7 @@ from rota.serving.frontdoor.admin import DRAIN, INSTANCES, MIGRATE, UNDRAIN
 from rota.serving.frontdoor.board_page import STATE, UI
 from rota.serving.frontdoor.bodies import Body, ContentPart, Message, MoveBody
 from rota.serving.frontdoor.http1 import HttpLimits
+from rota.serving.model.instance import Role
 
 _JSON = "application/json"
 _ERROR = {"$ref": "#/components/schemas/Error"}
@@ -219,6 +220,7 @@ def _instance_schemas() -> dict[str, Any]:
             "object": {"const": "instance"},
             "state": {"enum": ["ready", "draining", "drained", "unavailable"]},
             "num_requests": {"type": "integer", "minimum": 0},
+            "role": {"enum": [str(role) for role in Role], "description": "Where it has one."},
         },
     }
     listed = {"type": "array", "items": {"$ref": "#/components/schemas/Instance"}}
