@@ -44,6 +44,17 @@ def test_matches_the_leading_blocks_of_each_instance():
     assert len(index) == 2
 
 
+def test_where_one_instance_parts_from_a_prompt_is_not_where_another_does():
+    sent = {A: chain(1, 1, 1, 1, 1, 2, 2, 2, 2), B: chain(1, 1, 2, 2, 2, 2, 2, 2, 2)}
+    asked = chain(1, 1, 1, 1, 1, 1, 1, 1)
+    for order in ((A, B), (B, A)):
+        index = PrefixIndex()
+        for each in order:
+            index.add_instance(each, 100)
+            index.record(sent[each], each)
+        assert index.match(asked) == {A: 5, B: 2}
+
+
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
     index = PrefixIndex()
     index.add_instance(A, 4)

@@ -51,8 +51,8 @@ class PrefixRuns:
     At most two hashes are kept for each block that is held, whatever the prompts were. A slice takes some 400 bytes,
     each of its blocks 8 and what its hash takes.
 
-    Hashes that are not chained (two prompts found with equal digests) make it forget more than it should, or match
-    what was not sent; they break nothing.
+    Hashes that are not chained (two prompts found with equal digests) make it count a block twice, or match what was
+    not sent; they break nothing.
     """
 
     __slots__ = ("_by_age", "_by_first", "block_size", "instance_id", "max_tokens", "num_blocks", "num_tokens")
@@ -127,11 +127,7 @@ class PrefixRuns:
 
     def _name(self, run: "_Run") -> None:
         """Have a slice be found by its first hash."""
-        first = run.hashes[run.start - run.offset]
-        namesake = self._named(first)
-        if namesake is not None:  # Only where hashes are not chained.
-            self._shorten(namesake, namesake.end - namesake.start)
-        self._by_first.setdefault(first, []).append(run)
+        self._by_first.setdefault(run.hashes[run.start - run.offset], []).append(run)
 
     def _unname(self, run: "_Run") -> None:
         first = run.hashes[run.start - run.offset]

@@ -6,6 +6,7 @@ A block is as many bytes as `TOKENS_PER_BLOCK` tokens are estimated to be. Two c
 different white space share no prefix here; the same client, one turn later, does.
 """
 
+import struct
 from hashlib import blake2b
 
 from rota.serving.frontdoor.bodies import Message, Prompt
@@ -73,11 +74,12 @@ def block_hashes(prompt: bytes, num_tokens: int, *salts: bytes) -> tuple[int, ..
     running = blake2b(digest_size=8)
     for salt in salts:
         running.update(b"%d:%b" % (len(salt), salt))
-    hashes = []
+    update, digest = running.update, running.digest
+    digests = []
     for start in range(0, num_blocks * _BLOCK_BYTES, _BLOCK_BYTES):
-        running.update(prompt[start : start + _BLOCK_BYTES])
-        hashes.append(int.from_bytes(running.digest(), signed=True))
-    return tuple(hashes)
+        update(prompt[start : start + _BLOCK_BYTES])
+        digests.append(digest())
+    return struct.unpack(f">{num_blocks}q", b"".join(digests))
 
 
 def _text(message: Message) -> str:

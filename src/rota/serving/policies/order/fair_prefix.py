@@ -198,7 +198,15 @@ class FairPrefix:
         """These tokens of a prompt are cached now: whoever waits for one of their blocks is looked at again."""
         request = sequence.request
         per_hash = request.hash_block_tokens or view.limits.block_size
-        for block_hash in request.block_hashes[num_before // per_hash : -(-num_tokens // per_hash)]:
+        hashes = request.block_hashes
+        start, end = num_before // per_hash, min(-(-num_tokens // per_hash), len(hashes))
+        if len(self._wanted) < end - start:
+            # A hash stands at one place in all prompts that have it, so those wanted are looked for there.
+            places = {next(iter(wanting.values())).wants_at for wanting in self._wanted.values()}
+            blocks = [hashes[place] for place in sorted(places) if start <= place < end]
+        else:
+            blocks = list(hashes[start:end])
+        for block_hash in blocks:
             wanting = self._wanted.get(block_hash)
             if wanting:
                 self._risen.update(wanting)
@@ -217,7 +225,7 @@ class FairPrefix:
         self._want_no_more(entry)
         place = num_cached // (request.hash_block_tokens or view.limits.block_size)
         if place < len(request.block_hashes):
-            entry.wants = request.block_hashes[place]
+            entry.wants, entry.wants_at = request.block_hashes[place], place
             self._wanted.setdefault(entry.wants, {})[request.id] = entry
         entry.num_cached = num_cached
         if entry.is_in_line:
@@ -253,7 +261,7 @@ class _Bill:
 class _Entry:
     """One who waits."""
 
-    __slots__ = ("group", "is_in_line", "line", "num_cached", "sequence", "wants")
+    __slots__ = ("group", "is_in_line", "line", "num_cached", "sequence", "wants", "wants_at")
 
     def __init__(self, sequence: SequenceView, group: "_Class", line: "_Line") -> None:
         self.sequence = sequence
@@ -262,6 +270,7 @@ class _Entry:
         self.num_cached = 0
         """Tokens that were cached when last looked."""
         self.wants: Hashable = None
+        self.wants_at = 0
         self.is_in_line = True
         """Whether it can be chosen: not if it was given in this walk, or is gone."""
 
