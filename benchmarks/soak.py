@@ -59,8 +59,9 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def router_over_mocks(stack: str, tenants: Iterable[str]) -> Iterator[Served]:
-    """The router with one core to itself, mocks and this process on another; all stopped at the end."""
+def router_over_mocks(stack: str, tenants: Iterable[str], terms: str = "") -> Iterator[Served]:
+    """The router with one core to itself, mocks and this process on another; all stopped at the end. `terms` are
+    those lines of the key file that are no keys."""
     cores = sorted(os.sched_getaffinity(0))
     rota, mock = str(Path(sys.executable).with_name("rota")), str(Path(__file__).with_name("router_overhead.py"))
     with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "log").open("wb") as log:
@@ -70,6 +71,7 @@ def router_over_mocks(stack: str, tenants: Iterable[str]) -> Iterator[Served]:
         for tenant in tenants:
             command = [rota, "keys", "new", "--tenant", tenant, "--keys", str(key_file), "--json"]
             keys[tenant] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["key"]
+        key_file.write_text(f"{terms}\n{key_file.read_text()}")
         mocks, router = spawn(cores[-1], [sys.executable, mock, "--mock", "2"], log), None
         try:
             port = free_port()

@@ -292,6 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each stretch")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--evil-per-minute", type=int, help="requests that the attacker's terms let it send")
     parser.add_argument("--only", nargs="+", metavar="ATTACK", help="these attacks alone, by their names")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -305,7 +306,8 @@ def main() -> None:
         return
     attacks = [each for each in ATTACKS if arguments.only is None or each.__name__ in arguments.only]
     load_before, began_at = os.getloadavg()[0], time.monotonic()
-    with router_over_mocks(STACK, ("good", "evil")) as served:
+    terms = f"[tenants.evil]\nrequests_per_minute = {arguments.evil_per_minute}" if arguments.evil_per_minute else ""
+    with router_over_mocks(STACK, ("good", "evil"), terms) as served:
         results = uvloop.run(run(served.port, served.pid, served.keys, arguments.seconds, arguments.rounds, attacks))
     print(json.dumps({"results": results, "provenance": provenance(load_before, began_at)}, indent=2))
 

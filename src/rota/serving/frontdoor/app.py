@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from rota.base.instant import Duration, to_seconds
+from rota.base.instant import Duration, Instant, to_seconds
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.frontdoor.admin import INSTANCES, REQUESTS, InstanceAdmin, RequestAdmin, is_straight_from_here
 from rota.serving.frontdoor.board_page import STATE, UI, BoardPage, RouterBoard
@@ -22,6 +22,7 @@ from rota.serving.frontdoor.keys import AUTHORIZATION, KeyHolder, KeyRing
 from rota.serving.frontdoor.openapi import describe
 from rota.serving.frontdoor.problems import Problem
 from rota.serving.frontdoor.refusal_pace import RefusalPace
+from rota.serving.frontdoor.request_rate import RequestRate
 from rota.serving.frontdoor.telemetry import Telemetry
 from rota.serving.frontdoor.tenant_metrics import TenantCounts, TenantMetrics
 from rota.serving.frontdoor.turns import Turns
@@ -64,6 +65,7 @@ class FrontDoor:
         self._keys = keys
         self._paces: dict[str | None, RefusalPace] = {}
         """Of each tenant that was refused something, and of strangers."""
+        self._rate = RequestRate()
         self._turns = Turns(self._handle)
         self._tenants = None if keys is None else TenantMetrics(self.telemetry.registry)
         check_head = None if keys is None else self._check_head
@@ -167,8 +169,9 @@ class FrontDoor:
     def keys_changed(self) -> None:
         """Forget those of whom there is no key any more."""
         if self._keys is not None:
-            known = {None, *self._keys.tenants()}
-            self._paces = {name: pace for name, pace in self._paces.items() if name in known}
+            known = self._keys.tenants()
+            self._paces = {name: pace for name, pace in self._paces.items() if name is None or name in known}
+            self._rate.keep(known)
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
@@ -198,7 +201,10 @@ class FrontDoor:
     def _generate(self, exchange: Exchange) -> None:
         if self.server.draining:
             raise Problem(503, SHUTTING_DOWN, code="shutting_down", retry_after_seconds=5)
-        call = self._intake.read(exchange.request, self.cluster.loop.now(), self._holder(exchange.request))
+        holder, now = self._holder(exchange.request), self.cluster.loop.now()
+        if holder is not None:
+            self._within_rate(holder, now)
+        call = self._intake.read(exchange.request, now, holder)
         self.telemetry.prompt_tokens.inc(call.request.num_prompt_tokens)
         counts = None if self._tenants is None else self._tenants.of(call.request.tenant)
         if counts is not None:
@@ -206,6 +212,16 @@ class FrontDoor:
         client = _Conversation(self, exchange, call, counts)
         exchange.listener = client
         self.cluster.submit(call, client)
+
+    def _within_rate(self, holder: KeyHolder, now: Instant) -> None:
+        """Raises `Problem` (429) where a tenant has had its requests of this minute."""
+        try:
+            self._rate.check(holder, now)
+        except Problem as problem:
+            self.telemetry.rejections.labels(str(problem.status)).inc()
+            if self._tenants is not None:
+                self._tenants.of(holder.tenant).ended("refused")
+            raise
 
     def _models(self, exchange: Exchange) -> None:
         self._holder(exchange.request)

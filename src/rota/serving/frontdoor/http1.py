@@ -18,7 +18,7 @@ from rota.serving.frontdoor.problems import Problem
 
 _UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
 _NUM_PIPELINED_MAX = 16
-_SLICE_BYTES = 16 * 1024
+_SLICE_BYTES = 2 * 1024
 _DISCARDED_BYTES_MAX = 64 * 1024 * 1024
 _SWEEP_SECONDS = 1.0
 
@@ -65,6 +65,7 @@ class HttpConnection(asyncio.Protocol):
         self._url = b""
         self._headers: Headers = []
         self._body: list[bytes] = []
+        self._num_announced_bytes = 0
         self._num_body_bytes = 0
         self._num_head_bytes = 0
         self._in_head = True
@@ -107,13 +108,17 @@ class HttpConnection(asyncio.Protocol):
         """Parse what has come, a slice at a time, until enough requests wait for those before them. The rest is kept,
         and nothing more is read: the parser cannot be stopped, and one packet may hold a thousand requests."""
         self._unread = b""
-        for begin in range(0, len(data), _SLICE_BYTES):
+        begin = 0
+        while begin < len(data):
             if self._problem is not None or self._closing:
                 return
             if len(self._pipelined) >= _NUM_PIPELINED_MAX:
                 self._unread = data[begin:]
                 return
-            part = data[begin : begin + _SLICE_BYTES]
+            # Of a body as much as there is of it, since nothing else can be in there.
+            end = begin + max(_SLICE_BYTES, self._num_announced_bytes - self._num_body_bytes)
+            part = data[begin:end]
+            begin = end
             if self._in_head:
                 self._num_head_bytes += len(part)
             self._feed(part)
@@ -192,9 +197,11 @@ class HttpConnection(asyncio.Protocol):
             if self._asker is not None and self._asker.max_body_bytes is not None:
                 self._max_body_bytes = min(self._max_body_bytes, self._asker.max_body_bytes)
         for name, value in self._headers:
-            if name == b"content-length" and int(value) > self._max_body_bytes:
-                self._problem = self._body_too_large()
-                return
+            if name == b"content-length":
+                self._num_announced_bytes = int(value)
+                if self._num_announced_bytes > self._max_body_bytes:
+                    self._problem = self._body_too_large()
+                    return
             if name == b"expect" and self._parser.get_http_version() == "1.1":
                 if value.lower() != b"100-continue":
                     self._problem = Problem(417, "the only expectation understood is 100-continue", param="expect")

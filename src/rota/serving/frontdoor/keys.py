@@ -62,6 +62,8 @@ class TenantTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """Prompt and output tokens; None is what the admission policy gives everybody."""
     on_limit: Literal["refuse", "queue"] | None = None
     """What becomes of what comes too early."""
+    requests_per_minute: _Positive | None = None
+    """Requests that are looked at, whatever the admission policy; None is as many as come."""
     max_body_bytes: _Positive | None = None
     """The largest body that it may send; None is what everybody may."""
 
