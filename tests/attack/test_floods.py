@@ -4,6 +4,8 @@ that is held is lost."""
 import asyncio
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -33,10 +35,18 @@ async def num_held(port: int) -> float:
     return float(page.split("\nrota:refusals_held_total ")[1].split()[0])
 
 
-def paced(running: RunningRouter, who: str | None, **pace: float) -> RefusalPace:
+class FrozenPace(RefusalPace):
+    """For which no time passes, so that a test can say how many are held however slow the machine is."""
+
+    def hold(self, now: float) -> float | None:
+        return super().hold(0.0)
+
+
+def paced(
+    running: RunningRouter, who: str | None, num_a_second: float = 20.0, num_at_once: int = 2, num_held_max: int = 10
+) -> RefusalPace:
     """So few a second that a test can count them."""
-    given = {"num_a_second": 0.001, "num_at_once": 2, "held_seconds_max": 0.05, "num_held_max": 10, **pace}
-    made = running.router.door._paces[who] = RefusalPace(**given)  # type: ignore[arg-type]
+    made = running.router.door._paces[who] = FrozenPace(num_a_second, num_at_once, num_held_max)
     return made
 
 
@@ -83,7 +93,7 @@ async def test_strangers_are_refused_at_a_pace_of_their_own_on_whatever_connecti
             assert (await answer_to(port, stranger))[0] == 401
             assert await num_held(port) == expected
         assert (await answer_to(port, post(GOOD)))[0] == 200
-        paced(running, None, num_at_once=0, held_seconds_max=1.0, num_held_max=1)
+        paced(running, None, num_at_once=0, num_held_max=1)
         answers = await asyncio.gather(*(answer_to(port, stranger) for _ in range(5)), return_exceptions=True)
         assert sorted(isinstance(each, tuple) for each in answers) == [False, False, False, False, True]
         assert (await answer_to(port, post(GOOD)))[0] == 200
@@ -91,26 +101,39 @@ async def test_strangers_are_refused_at_a_pace_of_their_own_on_whatever_connecti
 
 @pytest.mark.parametrize("key", [ALICE, "rota-nobodys"])
 @pytest.mark.asyncio
-async def test_who_leaves_while_held_leaves_nothing_behind(key: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_who_leaves_while_held_leaves_nothing_behind(
+    key: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve = ServeConfig(port=0, keys=TINY)
     async with running_router(num_simulated=1, stack=granted_stack(LIMITED, TINY), serve=serve) as running:
         door = running.router.door
         assert (await answer_to(door.server.port, BEYOND))[0] == 200
-        pace = paced(running, "alice" if key == ALICE else None, num_at_once=0, held_seconds_max=0.5)
+        pace = paced(running, "alice" if key == ALICE else None, num_a_second=0.001, num_at_once=0)
+        loop = asyncio.get_running_loop()
+        call_later, timers = loop.call_later, list[Callable[[], None]]()
+
+        def later(delay: float, callback: Callable[..., None], *arguments: Any, **named: Any) -> object:
+            if delay > 500:
+                return timers.append(partial(callback, *arguments))
+            return call_later(delay, callback, *arguments, **named)
+
+        monkeypatch.setattr(loop, "call_later", later)
         for _ in range(5):
             _, writer = await asyncio.open_connection("127.0.0.1", door.server.port)
             writer.write(BEYOND.replace(ALICE.encode(), key.encode()))
         async with asyncio.timeout(20):
-            while len(pace._leave_at) < 5:
+            while len(pace._leave_at) < 5 or not timers:
                 await asyncio.sleep(0.01)
             for connection in list(door.server._connections):
                 assert connection.transport is not None
-                is_answered = connection._current is None and connection.transport.is_reading()
-                assert not is_answered
+                is_read_on = connection._current is None and connection.transport.is_reading()
+                assert not is_read_on
                 connection.transport.abort()
             while door.server._connections:
                 await asyncio.sleep(0.01)
-        await asyncio.sleep(0.55)  # the answers that nobody waits for any more
+        assert len(timers) == 5
+        for fire in timers:  # The answers that nobody waits for any more.
+            fire()
         assert (await answer_to(door.server.port, post(GOOD, key=BOB)))[0] == 200
         page = (await answer_to(door.server.port, get("/metrics")))[2].decode()
         assert 'outcome="left",tenant="alice"} 0.0' in page, "a refusal is counted once"
@@ -221,6 +244,18 @@ def test_in_no_minute_more_than_two_buckets_go_and_retry_after_is_true(gaps: lis
         assert sum(begin <= each <= begin + 60 * NANOSECONDS_PER_SECOND for each in let_in) <= 2 * rate
     rates.keep(set())
     assert not rates._buckets
+
+
+def test_a_rate_that_changed_with_the_keys_counts_at_once() -> None:
+    rates = RequestRate()
+    few, more = (KeyHolder(TenantId("alice"), TenantTerms(requests_per_minute=rate)) for rate in (1, 3))
+    rates.check(few, Instant(0))
+    with pytest.raises(Problem, match="1 requests per minute"):
+        rates.check(few, Instant(0))
+    for _ in range(3):
+        rates.check(more, Instant(0))
+    with pytest.raises(Problem, match="3 requests per minute"):
+        rates.check(more, Instant(0))
 
 
 @pytest.mark.asyncio

@@ -49,13 +49,14 @@ async def until(port: int, sent: bytes, holds: Callable[[int, bytes], bool]) -> 
 @pytest.mark.asyncio
 async def test_a_key_that_is_taken_back_opens_nothing_and_what_is_under_way_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    path.write_text(lines(ALICE, BOB))
+    path.write_text(lines(ALICE, BOB, more="[tenants.alices]\nrequests_per_minute = 100\n"))
     async with router_with(path) as running:
         door = running.router.door
         port, watch = door.server.port, door.key_watch
         assert watch is not None
         assert (await answer_to(port, post(b"{")))[0] == 400
         assert "alices" in door._paces
+        assert "alices" in door._rate._buckets
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=10_000_000)
         writer.write(post({**GOOD, "max_tokens": 400, "stream": True, "ignore_eos": True}))
         assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
@@ -65,6 +66,7 @@ async def test_a_key_that_is_taken_back_opens_nothing_and_what_is_under_way_goes
         assert (await answer_to(port, post(GOOD, key=BOB)))[0] == 200
         assert (await answer_to(port, post(GOOD, key=OPERATOR)))[0] == 200
         assert "alices" not in door._paces, "nothing is kept of who has no key"
+        assert "alices" not in door._rate._buckets
         assert b"[DONE]" in await asyncio.wait_for(reader.readuntil(b"[DONE]"), 20)
         writer.write(post(GOOD))
         assert b" 401 " in await asyncio.wait_for(reader.readuntil(b"HTTP/1.1 401 Unauthorized\r\n"), 20)

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rota.serving.frontdoor.exchange import Exchange
 from rota.serving.frontdoor.http1 import HttpLimits, HttpServer
@@ -231,3 +233,47 @@ async def test_a_malformed_request_waits_for_the_answers_before_it() -> None:
         assert heard.startswith(OK % (5, b"first"))
         assert b"HTTP/1.1 400 " in heard
         writer.close()
+
+
+@given(
+    bodies=st.lists(st.sampled_from((0, 1, 40, 3000, 9000)), min_size=1, max_size=60),
+    chunked=st.lists(st.booleans(), min_size=60, max_size=60),
+    cuts=st.lists(st.integers(1, 20_000), max_size=40),
+)
+@settings(max_examples=30, deadline=None)
+def test_requests_are_the_same_however_the_bytes_of_a_pipeline_are_cut(
+    bodies: list[int], chunked: list[bool], cuts: list[int]
+) -> None:
+    async def run() -> list[tuple[str, bytes]]:
+        heard: list[tuple[str, bytes]] = []
+
+        def handle(exchange: Exchange) -> None:
+            heard.append((exchange.request.path, exchange.request.body))
+            asyncio.get_running_loop().call_soon(exchange.respond, 200, [], b"")
+
+        async with serving(handle) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            rest = wire
+            for cut in cuts:
+                writer.write(rest[:cut])
+                rest = rest[cut:]
+                await asyncio.sleep(0)
+            writer.write(rest)
+            for _ in expected:
+                await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+            writer.close()
+        return heard
+
+    expected = [(f"/{index}", bytes([index]) * size) for index, size in enumerate(bodies)]
+    wire = b"".join(
+        b"POST %b HTTP/1.1\r\n" % path.encode()
+        + (
+            b"transfer-encoding: chunked\r\n\r\n"
+            + (b"%x\r\n%b\r\n" % (len(body), body) if body else b"")
+            + b"0\r\n\r\n"
+            if is_chunked
+            else b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        for (path, body), is_chunked in zip(expected, chunked, strict=False)
+    )
+    assert asyncio.run(run()) == expected
