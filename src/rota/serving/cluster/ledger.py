@@ -12,6 +12,8 @@ from rota.serving.cluster.prefix_index import PrefixIndex
 from rota.serving.model.instance import InstanceId, InstanceReport, InstanceSpec, Role, SequenceReport
 from rota.serving.model.request import Request, RequestId
 
+_DRAINING = str(InstanceState.DRAINING)
+
 
 class InstanceLedger:
     """One instance's state, outstanding work and last report. Written by the cluster machine alone."""
@@ -228,11 +230,13 @@ class InstanceReading:
 
     @property
     def running(self) -> Sequence[SequenceReport]:
-        return self._ledger.running
+        running = self._ledger._running  # Asked of each instance in each round: mostly it is there.
+        return self._ledger.running if running is None else running
 
     @property
     def waiting(self) -> Sequence[SequenceReport]:
-        return self._ledger.waiting
+        waiting = self._ledger._waiting
+        return self._ledger.waiting if waiting is None else waiting
 
     @property
     def max_num_seqs(self) -> int:
@@ -248,7 +252,7 @@ class InstanceReading:
 
     @property
     def is_draining(self) -> bool:
-        return self._ledger.state == InstanceState.DRAINING
+        return self._ledger.state == _DRAINING
 
     @property
     def num_migrations(self) -> int:
@@ -256,7 +260,7 @@ class InstanceReading:
 
     @property
     def num_outstanding_requests(self) -> int:
-        return self._ledger.num_outstanding_requests
+        return len(self._ledger._num_tokens_of)
 
     @property
     def num_outstanding_tokens(self) -> int:

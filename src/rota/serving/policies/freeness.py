@@ -16,7 +16,7 @@ in places with the opposite sign.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rota.base.errors import ConfigError
 from rota.base.instant import Instant
@@ -42,19 +42,18 @@ class Load:
     headroom: int = 0
     """Tokens kept free wherever the high class runs."""
     is_draining: bool = False
+    freeness: float = field(init=False, repr=False, compare=False)
+    """Steps that the batch can grow; -inf where the instance drains. Kept, since a round asks it of each instance."""
+
+    def __post_init__(self) -> None:
+        kept = self.headroom if self.num_high else 0
+        steps = (self.num_tokens_max - self.num_tokens - kept) / (self.num_requests or 1)
+        object.__setattr__(self, "freeness", -math.inf if self.is_draining else steps)
 
     @property
     def num_free_tokens(self) -> int:
         """Capacity that nobody uses or waits for, headroom included; below zero if more is wanted than there is."""
         return self.num_tokens_max - self.num_tokens
-
-    @property
-    def freeness(self) -> float:
-        """Steps that the batch can grow; -inf where the instance drains."""
-        if self.is_draining:
-            return -math.inf
-        kept = self.headroom if self.num_high else 0
-        return (self.num_tokens_max - self.num_tokens - kept) / (self.num_requests or 1)
 
     def with_request(self, num_tokens: int, *, is_high: bool) -> "Load":
         """The load with one more request of that usage."""
@@ -82,6 +81,8 @@ class _Told:
     running: Sequence[SequenceReport]
     waiting: Sequence[SequenceReport]
     block_size: int
+    num_blocks: int = 0
+    """That those who run hold."""
     num_held: int = 0
     """Tokens of capacity that those who run use."""
     num_high: int = 0
@@ -94,7 +95,7 @@ class _Told:
 
 
 _Known = tuple[Instant | None, int, Sequence[SequenceReport], Sequence[SequenceReport], int, bool]
-_Read = tuple[_Known, Load, float, _Told | None]
+_Read = tuple[_Known, Load, _Told | None]
 
 
 class Freeness:
@@ -121,7 +122,7 @@ class Freeness:
         read = self._known.get(view.id)
         if read is None or read[0][0] != view.observed_at or read[0][1] != view.num_outstanding_tokens:
             read = self._read(view, _known(view))
-        return read[2]
+        return read[1].freeness
 
     def load(self, view: InstanceView) -> Load:
         """The load of an instance."""
@@ -131,6 +132,11 @@ class Freeness:
             read = self._read(view, known)
         return read[1]
 
+    def num_blocks_held(self, view: InstanceView) -> int:
+        """Blocks that those hold who run at an instance whose load was read in this round."""
+        told = self._known[view.id][2]
+        return 0 if told is None else told.num_blocks
+
     def forget_others(self, instances: Sequence[InstanceView]) -> None:
         """Forget the instances that are not shown any more, once they are many."""
         if len(self._known) > 2 * len(instances):
@@ -138,7 +144,7 @@ class Freeness:
 
     def _read(self, view: InstanceView, known: _Known) -> _Read:
         before = self._known.get(view.id)
-        told = None if before is None else before[3]
+        told = None if before is None else before[2]
         running, waiting = known[2], known[3]
         if not running and not waiting:
             told = None
@@ -150,7 +156,7 @@ class Freeness:
         ):
             told = self._count(running, waiting, view.block_size)
         load = self._measure(view, told)
-        read = self._known[view.id] = (known, load, load.freeness, told)
+        read = self._known[view.id] = (known, load, told)
         return read
 
     def _count(self, running: Sequence[SequenceReport], waiting: Sequence[SequenceReport], block_size: int) -> _Told:
@@ -167,6 +173,7 @@ class Freeness:
             if sequence.priority <= high_priority_max:
                 told.num_high += 1
         told.num_held = num_tokens
+        told.num_blocks = sum([sequence.num_blocks for sequence in running])
         if waiting:
             told.num_waiting = sum([sequence.num_tokens for sequence in waiting])
             told.num_head = blocks_for(waiting[0].num_tokens, block_size) * block_size

@@ -91,7 +91,7 @@ def reason_for(head: BlockedHead, num_moves: int, num_tokens: int) -> str:
 def _freest_that_stays_above(
     planned: Round, sequence: SequenceReport, steps: float, taken: Sequence[InstanceView]
 ) -> InstanceView | None:
-    for destination in planned.freest():
+    for destination in planned.freest_above(steps):
         filled = planned.load_with(sequence, destination)
         if filled is not None and filled.freeness > steps and destination not in taken:
             return destination

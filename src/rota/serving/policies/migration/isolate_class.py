@@ -74,7 +74,7 @@ class IsolateClass:
                 planned.add(sequence, source, destination, reason)
 
     def _freest_without_high(self, planned: Round, sequence: SequenceReport) -> InstanceView | None:
-        for destination in planned.freest():
+        for destination in planned.freest_above(self._destination_above):
             if planned.loads[destination.id].num_high:
                 continue
             filled = planned.load_with(sequence, destination)

@@ -26,14 +26,14 @@ def blocked_heads(planned: Round) -> list[BlockedHead]:
     for instance_id, load in planned.loads.items():
         view = planned.views[instance_id]
         # The load counts the head's demand and slot: where it leaves room, nobody is blocked, and nobody is looked at.
-        if load.num_free_tokens >= 0 and load.num_requests <= view.max_num_seqs:
+        if load.num_tokens <= load.num_tokens_max and load.num_requests <= view.max_num_seqs:
             continue
         if not view.num_waiting or load.is_draining or view.num_migrations or planned.num_left(instance_id) <= 0:
             continue
         running, waiting = view.running, view.waiting
         if not waiting or not running:
             continue
-        num_blocks_lacking = blocks_for(waiting[0].num_tokens, view.block_size) - _num_free_blocks(view, running)
+        num_blocks_lacking = blocks_for(waiting[0].num_tokens, view.block_size) - planned.num_free_blocks(view)
         if num_blocks_lacking > 0 or len(running) >= view.max_num_seqs:
             found.append(BlockedHead(waiting[0], view, num_blocks_lacking))
     return sorted(found, key=lambda head: (head.request.priority, head.num_blocks_lacking, head.source.id))
@@ -56,10 +56,3 @@ def fewest_tokens(head: BlockedHead, candidates: Sequence[SequenceReport], max_m
         num_freed += candidates[num_shortest].num_blocks
         num_moved += candidates[num_shortest].num_tokens
     return best
-
-
-def _num_free_blocks(view: InstanceView, running: Sequence[SequenceReport]) -> int:
-    """By the last report, or by those who still run, if that is more: some have ended since. Shared blocks make the
-    second too few."""
-    held = view.num_blocks - sum([sequence.num_blocks for sequence in running])
-    return max(held, view.num_free_blocks or 0)

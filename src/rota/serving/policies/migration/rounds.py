@@ -133,6 +133,11 @@ class Round:
     def is_high(self, sequence: SequenceReport) -> bool:
         return self._freeness.is_high(sequence)
 
+    def num_free_blocks(self, view: InstanceView) -> int:
+        """By the last report, or by those who still run, if that is more: some have ended since. Shared blocks make
+        the second too few."""
+        return max(view.num_blocks - self._freeness.num_blocks_held(view), view.num_free_blocks or 0)
+
     def movable(self, source: InstanceView) -> list[SequenceReport]:
         """Who may move: those who run with their prompt computed, and are not on their way. The lowest class first,
         then the shortest."""
@@ -174,6 +179,14 @@ class Round:
         self.loads[destination.id] = load
         for view in (source, destination):
             self._num_planned[view.id] = self._num_planned.get(view.id, 0) + 1
+
+    def freest_above(self, steps: float) -> Iterator[InstanceView]:
+        """As `freest`, without those that one more request cannot leave above so many steps."""
+        for view in self.freest():
+            # A request more never makes an instance freer, but for one that owes: there it shares the debt.
+            if steps >= 0.0 and self.loads[view.id].freeness <= steps:
+                return
+            yield view
 
     def freest(self) -> Iterator[InstanceView]:
         """The instances that may receive, the freest first, by id if equal. Loads may change between two calls, not
