@@ -12,7 +12,7 @@ from rota.testing import check_migration_policy
 PARAMETERS = {
     "balance_load": [{}, {"max_migrations": 3, "destination_above": 500.0, "source_below": 500.0}],
     "defragment": [{}, {"max_migrations": 1}],
-    "defragment_plan": [{}],
+    "defragment_plan": [{}, {"max_looks": 1, "search_limit": 0.02}],
     "drain": [{}, {"max_migrations": 8}],
     "isolate_class": [{}, {"high_priority_max": 0, "max_migrations": 3}],
     "none": [{}],
