@@ -1,6 +1,6 @@
 """What a decision of the router costs in a large fleet: a dispatch, and a round of migration.
 
-    python benchmarks/decision_cost.py [--num-instances 64 1000] [--num-running 32] [--rounds R] > result.json
+    python benchmarks/decision_cost.py [--num-instances 64 1000] [--what decisions rounds] [--rounds R] > result.json
 
 The policies run on the router's own views, in its own machine, with reports that tell of every sequence. A `pick` is
 the call of the dispatch policy, an `arrival` the machine's whole answer, admission and accounting included; there is
@@ -13,10 +13,13 @@ dispatch policy after the other behind `bounded_queue` and one admission policy 
 `prefix_then_load`. There a `request` is all that the machine does for one: admission, dispatch, what it remembers of
 the prompt, first token and end.
 
-A `round` of migration is the call of the policy, which comes every 0.05 s: a `live` one, where a twentieth of the
-instances has reported since the last, and a `fresh` one, where all have, which is the worst there is. One instance in
-sixteen is short of memory, with a head that does not fit, so that there is something to plan; nothing comes of any
-move, so that there is as much to plan in each round.
+A `round` of migration is the router's question to the policy with the check of its answer, every 0.05 s: a `live` one,
+where a twentieth of the instances has reported since the last; a `busy` one, where beside that a tenth of them ended a
+request and got one; a `fresh` one, where all have reported. Policies read reports ahead, when they come: a `report` is
+the machine's whole answer to one, an `end` to the end of a request that runs (`none` reads nothing). An `unread` round
+is a fresh one of a policy that was told nothing ahead. One instance in sixteen is short of memory, with a head that
+does not fit, so that there is something to plan; nothing comes of any move, so that there is as much to plan in each
+round.
 
 Counted is CPU time of the process. A figure is the median over the calls of a round, then over the rounds, beside the
 lowest and the highest round, and the slowest call of all."""
@@ -36,7 +39,8 @@ from typing import Any
 from rota import __version__
 from rota.base.instant import Instant, after, seconds
 from rota.base.random_streams import Stream
-from rota.serving.api import InstanceId, QueueRules, Request, RequestId, SequenceReport, TenantId
+from rota.serving.api import InstanceId, MigrationPolicy, QueueRules, Request, RequestId, SequenceReport, TenantId
+from rota.serving.cluster.answers import ask_migration
 from rota.serving.cluster.ledger import ClusterReading
 from rota.serving.cluster.machine import ClusterMachine
 from rota.serving.cluster.prefix_index import PrefixIndex
@@ -68,16 +72,26 @@ NUM_LONG_PROMPT_TOKENS = 32_000
 ALIKE = (Role.MIXED,)
 OF_THREE_ROLES = (Role.PREFILL, Role.DECODE, Role.MIXED)
 NUM_MIGRATION_ROUNDS = 10
+WHAT = ("decisions", "rounds")
 
 
 class Fleet:
     """A router's machine, and instances that report what it sent them."""
 
-    def __init__(self, num_instances: int, num_running: int, dispatch: Any, roles: Sequence[Role] = ALIKE) -> None:
+    def __init__(
+        self,
+        num_instances: int,
+        num_running: int,
+        dispatch: Any,
+        roles: Sequence[Role] = ALIKE,
+        migration: MigrationPolicy | None = None,
+    ) -> None:
         self.stream = Stream(0, "fleet")
         self.now = Instant(seconds(1))
         self.policy = SwitchedLater()
-        self.machine = ClusterMachine(self.policy, BoundedQueue(max_unfinished=10**9))
+        self.machine = ClusterMachine(self.policy, BoundedQueue(max_unfinished=10**9), migration=migration)
+        self.report_costs_ms: list[float] = []
+        self.end_costs_ms: list[float] = []
         self.running: dict[InstanceId, list[SequenceReport]] = {}
         self.waiting: dict[InstanceId, list[SequenceReport]] = {}
         self.num_arrived = 0
@@ -130,7 +144,15 @@ class Fleet:
                 tuple(running),
                 tuple(waiting),
             )
-            self.machine.handle(InstanceReported(report), self.now)
+            self.report_costs_ms.append(cost_ms(partial(self.machine.handle, InstanceReported(report), self.now)))
+
+    def turn_over(self, first: int) -> None:
+        """One request ends at every tenth instance that has memory, and as many arrive."""
+        for instance_id in [each for number, each in enumerate(self.running) if number % 16][first::10]:
+            if self.running[instance_id]:
+                ended = RequestFinished(self.running[instance_id].pop().request_id, instance_id)
+                self.end_costs_ms.append(cost_ms(partial(self.machine.handle, ended, self.now)))
+                self.arrive()
 
     def cluster(self) -> ClusterReading:
         return ClusterReading(self.now, self.machine.instance_views())
@@ -294,18 +316,23 @@ def admission_costs(num_instances: int) -> list[float]:
 
 def migration_costs(name: str, num_instances: int, num_running: int) -> dict[str, list[float]]:
     """One round: calls of the policy, each with nothing under way."""
-    fleet = Fleet(num_instances, num_running, RoundRobin())
-    costs: dict[str, list[float]] = {"live": [], "fresh": []}
+    policy, untold = MIGRATION.create(name), MIGRATION.create(name)
+    fleet = Fleet(num_instances, num_running, RoundRobin(), migration=policy)
+    costs: dict[str, list[float]] = {f"{how} round": [] for how in ("live", "busy", "fresh", "unread")}
     nobody: frozenset[RequestId] = frozenset()
-    policy = MIGRATION.create(name)
-    policy.plan(fleet.cluster(), nobody)
+    for asked in (policy, untold):
+        ask_migration(asked, fleet.machine.instance_views(), nobody, fleet.now)
+    fleet.report_costs_ms.clear()
     for number in range(NUM_MIGRATION_ROUNDS):
-        for how, every, first in (("live", 20, number % 20), ("fresh", 1, 0)):
+        for how, every, first in (("live", 20, number), ("busy", 20, number + 10), ("fresh", 1, 0), ("unread", 1, 0)):
             fleet.report(every=every, first=first)
+            if how == "busy":
+                fleet.turn_over(number)
             fleet.now = after(fleet.now, seconds(10))  # What came to nothing is tried again.
-            shown = fleet.cluster()
-            costs[how].append(cost_ms(lambda shown=shown: policy.plan(shown, nobody)))
-    return costs
+            asked = untold if how == "unread" else policy
+            ask = partial(ask_migration, asked, fleet.machine.instance_views(), nobody, fleet.now)
+            costs[f"{how} round"].append(cost_ms(ask))
+    return costs | {"report": fleet.report_costs_ms, "end": fleet.end_costs_ms}
 
 
 def row(rounds: Sequence[Sequence[float]], target_ms: float) -> dict[str, Any]:
@@ -323,41 +350,62 @@ def row(rounds: Sequence[Sequence[float]], target_ms: float) -> dict[str, Any]:
     }
 
 
+def decisions(num_instances: int, num_running: int, num_rounds: int) -> dict[str, Any]:
+    """What is decided for one request, by every dispatch policy and by admission with promises."""
+    results: dict[str, Any] = {}
+    for name in DISPATCH.names():
+        fleets = {name: ALIKE}
+        if getattr(DISPATCH.load(name), "reads_roles", False):
+            fleets[f"{name} of three roles"] = OF_THREE_ROLES
+        for label, roles in fleets.items():
+            measured = [dispatch_costs(name, num_instances, num_running, roles) for _ in range(num_rounds)]
+            for what in measured[0]:
+                rounds = [each[what] for each in measured]
+                results[f"{what} {label} {num_instances}"] = row(rounds, DISPATCH_TARGET_MS)
+    promised = [admission_costs(num_instances) for _ in range(num_rounds)]
+    results[f"admit deadline_admission {num_instances}"] = row(promised, DISPATCH_TARGET_MS)
+    return results | long_prompts(num_instances, num_rounds)
+
+
+def long_prompts(num_instances: int, num_rounds: int) -> dict[str, Any]:
+    """What each dispatch and each admission policy costs with long prompts that the router remembers."""
+    results: dict[str, Any] = {}
+    for policies in [{"dispatch": name} for name in DISPATCH.names()] + [
+        {"admission": name} for name in ADMISSION.names() if name != "bounded_queue"
+    ]:
+        measured = [long_prompt_costs(num_instances, **policies) for _ in range(num_rounds)]
+        for what in measured[0]:
+            label = f"{what} {next(iter(policies.values()))} long prompts {num_instances}"
+            target_ms = REQUEST_TARGET_MS if what == "request" else DISPATCH_TARGET_MS
+            results[label] = row([each[what] for each in measured], target_ms)
+    return results
+
+
+def migration_rounds(num_instances: int, num_running: int, num_rounds: int) -> dict[str, Any]:
+    """What every migration policy costs in its rounds, and with each report and each end."""
+    results: dict[str, Any] = {}
+    for name in MIGRATION.names():
+        measured = [migration_costs(name, num_instances, num_running) for _ in range(num_rounds)]
+        for what in measured[0]:
+            target_ms = MIGRATION_TARGET_MS if what.endswith("round") else DISPATCH_TARGET_MS
+            results[f"{what} {name} {num_instances}"] = row([each[what] for each in measured], target_ms)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-instances", type=int, nargs="*", default=[64, 1000])
     parser.add_argument("--num-running", type=int, default=32, help="sequences that run on each instance")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--what", nargs="*", choices=WHAT, default=WHAT)
     arguments = parser.parse_args()
     load_before = os.getloadavg()[0]
     results: dict[str, Any] = {}
     for num_instances in arguments.num_instances:
-        for name in DISPATCH.names():
-            fleets = {name: ALIKE}
-            if getattr(DISPATCH.load(name), "reads_roles", False):
-                fleets[f"{name} of three roles"] = OF_THREE_ROLES
-            for label, roles in fleets.items():
-                measured = [
-                    dispatch_costs(name, num_instances, arguments.num_running, roles) for _ in range(arguments.rounds)
-                ]
-                for what in measured[0]:
-                    rounds = [each[what] for each in measured]
-                    results[f"{what} {label} {num_instances}"] = row(rounds, DISPATCH_TARGET_MS)
-        promised = [admission_costs(num_instances) for _ in range(arguments.rounds)]
-        results[f"admit deadline_admission {num_instances}"] = row(promised, DISPATCH_TARGET_MS)
-        for policies in [{"dispatch": name} for name in DISPATCH.names()] + [
-            {"admission": name} for name in ADMISSION.names() if name != "bounded_queue"
-        ]:
-            measured = [long_prompt_costs(num_instances, **policies) for _ in range(arguments.rounds)]
-            for what in measured[0]:
-                label = f"{what} {next(iter(policies.values()))} long prompts {num_instances}"
-                target_ms = REQUEST_TARGET_MS if what == "request" else DISPATCH_TARGET_MS
-                results[label] = row([each[what] for each in measured], target_ms)
-        for name in MIGRATION.names():
-            measured = [migration_costs(name, num_instances, arguments.num_running) for _ in range(arguments.rounds)]
-            for how in ("live", "fresh"):
-                rounds = [each[how] for each in measured]
-                results[f"{how} round {name} {num_instances}"] = row(rounds, MIGRATION_TARGET_MS)
+        if "decisions" in arguments.what:
+            results |= decisions(num_instances, arguments.num_running, arguments.rounds)
+        if "rounds" in arguments.what:
+            results |= migration_rounds(num_instances, arguments.num_running, arguments.rounds)
         print(f"{num_instances} instances: measured", file=sys.stderr, flush=True)
     provenance = {
         "command": " ".join(["python benchmarks/decision_cost.py", *sys.argv[1:]]),
