@@ -105,14 +105,15 @@ async def pair(folder: Path, *, migration: MigrationPolicy | None = None) -> Asy
         engines.append(ProxiedEngine(InstanceId(f"vllm-{index}"), await proxy.start(), process, proxy))
     config = SystemConfig()
     journal = Journal(header_of(config), path=folder / "journal.jsonl", keep_rows=True)
-    # A vLLM that is started again beside a busy one takes up to 90 s here; one of many hung before it had begun.
-    watch = WatchSettings(interval_seconds=0.5, starting_interval_seconds=0.25, start_seconds=150)
+    # A vLLM that is started again beside a busy one takes a minute on two quiet cores, and took three on slow ones; one
+    # of many hung before it had begun.
+    watch = WatchSettings(interval_seconds=0.5, starting_interval_seconds=0.25, start_seconds=360)
     loop = LiveLoop(SystemClock(), journal)
     machine = ClusterMachine(LeastOutstandingTokens(), BoundedQueue(), migration=migration)
     router = Router(ServeConfig(port=0, watch=watch), loop, machine, engines)
     try:
         async with router:
-            await router.wait_ready(2, timeout_seconds=300)
+            await router.wait_ready(2, timeout_seconds=600)
             for watch_, engine in zip(router.watches, engines, strict=True):
                 watch_.on_hung = functools.partial(_mend, engine)
             yield Pair(router, engines, proxies, journal)
@@ -226,7 +227,7 @@ def tally(heard: list[tuple[int, "Heard"]], expected: list["Heard"]) -> str:
 
 
 async def both_ready(pair: Pair) -> None:
-    async with asyncio.timeout(400):
+    async with asyncio.timeout(900):
         while len(pair.router.cluster.statuses) < 2 or not all(
             pair.router.cluster.takes_requests(engine.id) for engine in pair.engines
         ):

@@ -30,7 +30,7 @@ from rota.testing.fairness import live_gap
 pytestmark = pytest.mark.live
 
 SCRIPT = Path(__file__).with_name("vllm_tokens.py")
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 900.0
 
 
 def run(

@@ -22,7 +22,7 @@ from rota.serving.model.request import SLO
 
 pytestmark = pytest.mark.live
 
-START_TIMEOUT_SECONDS = 240.0
+START_TIMEOUT_SECONDS = 600.0
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from rota.serving.live.resumption import Resumption
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request, RequestId
 
-START_TIMEOUT_SECONDS = 300.0
+START_TIMEOUT_SECONDS = 600.0
 MODEL = "smollm2-135m"
 
 
