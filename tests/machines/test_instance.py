@@ -234,6 +234,7 @@ PLANTED = {
 STEP_BACK, REPEATS, INIT = InstanceMachine.step_back, InstanceMachine.num_repeats, StepDraft.__init__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(monkeypatch, bug):
     owner, method, planted = PLANTED[bug]

@@ -425,6 +425,7 @@ PLANTED = {
 RESUME, ABORTED = Moving._resume, Moving.aborted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(monkeypatch, bug):
     owner, method, planted = PLANTED[bug]

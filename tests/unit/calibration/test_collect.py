@@ -67,6 +67,7 @@ async def _collect(engine: FakeEngine, path: Path, stop_after: float) -> Collect
     return await collect(engine.url, path, seconds=60.0, seed=0, stop=stop)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_collected_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "facts"
     old = FactsFile(path, engine=ENGINE)
@@ -90,6 +91,7 @@ def test_an_engine_that_answers_nothing_is_given_up(tmp_path: Path) -> None:
         asyncio.run(_collect(engine, tmp_path / "facts", 30.0))
 
 
+@pytest.mark.slow
 def test_the_facts_of_another_engine_are_noticed(tmp_path: Path) -> None:
     FactsFile(tmp_path / "other", engine=ENGINE).close()
     with (

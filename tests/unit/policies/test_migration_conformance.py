@@ -169,10 +169,13 @@ BROKEN = {
     MagicNeeded: "Capability values",
     NeverSaysWhen: "interval_seconds",
 }
+FOUND_LATE = {ToAndFro, BelievesWhatItRead}
 
 
 @pytest.mark.usefixtures("unshrunk")
-@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize(
+    "broken", [pytest.param(each, marks=[pytest.mark.slow] * (each in FOUND_LATE)) for each in BROKEN]
+)
 def test_a_broken_policy_is_caught(broken):
     with pytest.raises(LawBroken, match=BROKEN[broken]):
         check_migration_policy(broken, max_examples=300)

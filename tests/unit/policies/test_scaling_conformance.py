@@ -129,7 +129,9 @@ BROKEN = {
 
 
 @pytest.mark.usefixtures("unshrunk")
-@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize(
+    "broken", [pytest.param(each, marks=[pytest.mark.slow] * (each is ToAndFro)) for each in BROKEN]
+)
 def test_a_broken_policy_is_caught(broken):
     with pytest.raises(LawBroken, match=BROKEN[broken]):
         check_scaling_policy(broken, max_examples=300)
