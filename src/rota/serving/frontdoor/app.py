@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 _JSON: Headers = [(b"content-type", b"application/json")]
 _KEYED = (CHAT, COMPLETIONS, "/v1/models")
 _TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+_NUM_STRANGERS_HELD = 128
+"""Refusals kept back for whoever has no key: thousands of held connections cost the others more than a cut does."""
 _NEVER_HELD = (408, 503)
 """Of what never becomes a request: neither says that somebody asks too often."""
 SHUTTING_DOWN = "the router is shutting down"
@@ -153,7 +155,9 @@ class FrontDoor:
         name = _name_of(asker)
         pace = self._paces.get(name)
         if pace is None:
-            pace = self._paces[name] = RefusalPace()
+            pace = self._paces[name] = (
+                RefusalPace() if name is not None else RefusalPace(num_held_max=_NUM_STRANGERS_HELD)
+            )
         held = pace.hold(time.monotonic())
         if held != 0.0:
             self.telemetry.refusals_held.inc()
