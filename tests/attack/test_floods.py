@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tests.attack.wire import ALICE, BOB, GOOD, answer_to, error_to, get, keys_of_three, post
 
 from rota.base.instant import NANOSECONDS_PER_SECOND, Instant
-from rota.serving.frontdoor import http1
+from rota.serving.frontdoor import app, http1
 from rota.serving.frontdoor.exchange import Exchange
 from rota.serving.frontdoor.keys import KeyHolder, KeyRing, TenantTerms, granted_stack
 from rota.serving.frontdoor.problems import Problem
-from rota.serving.frontdoor.refusal_pace import RefusalPace
+from rota.serving.frontdoor.refusal_pace import NUM_AT_ONCE, RefusalPace
 from rota.serving.frontdoor.request_rate import RequestRate
 from rota.serving.frontdoor.serve import ServeConfig
 from rota.serving.model.request import TenantId
@@ -67,6 +67,18 @@ async def test_refusals_beyond_the_pace_are_held_and_then_sent_and_others_are_no
             assert (await answer_to(port, post(GOOD, key=BOB)))[0] == 200
             assert (await answer_to(port, post(b"{", key=BOB)))[0] == 400
         assert await num_held(port) == 4
+
+
+@pytest.mark.asyncio
+async def test_few_refusals_of_strangers_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of connections that wait for a refusal cost a tenant more than connections that are cut."""
+    monkeypatch.setattr(app, "RefusalPace", FrozenPace)
+    async with running_router(num_simulated=1, serve=ServeConfig(port=0, keys=keys_of_three())) as running:
+        held = [running.router.door._held(None) for _ in range(NUM_AT_ONCE + 200)]
+    assert all(each == 0.0 for each in held[:NUM_AT_ONCE])
+    num_kept = sum(each is not None for each in held[NUM_AT_ONCE:])
+    assert 64 <= num_kept <= 128
+    assert held[-1] is None
 
 
 @pytest.mark.asyncio

@@ -74,11 +74,18 @@ async def shuttled(
     router = Router(ServeConfig(port=0, watch=watch), LiveLoop(SystemClock(), journal), machine, engines)
     if isinstance(policy, Shuttle):
         policy.router = router
+    async with settling(router, servers):
+        yield router, servers, journal
+
+
+@asynccontextmanager
+async def settling(router: Router, servers: Sequence[TokenServer]) -> AsyncIterator[None]:
+    """Run a router, and find nothing left over at its end."""
     try:
         async with router:
-            await router.wait_ready(3, timeout_seconds=10.0)
-            yield router, servers, journal
-            machine.check()
+            await router.wait_ready(len(servers), timeout_seconds=10.0)
+            yield
+            router.cluster.machine.check()
             assert not router.cluster.flights
             moves = router.cluster.moves
             assert not moves._begun and not moves._on_their_way and not moves._letting_go and not moves._handed_over

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tests.worlds.test_router_drain import admin
+from tests.worlds.test_router_engines import InProcess
 from tests.worlds.test_router_failover import ask, assert_whole, body_of, without_created
-from tests.worlds.test_router_moves import ask_router
+from tests.worlds.test_router_hand_off import assert_nothing_lost
+from tests.worlds.test_router_moves import ask_router, settling
 
 from rota.base.journal import Journal
 from rota.base.replay import replay
@@ -58,17 +60,8 @@ async def split(
     machine = build_cluster(stack, 0)
     config = ServeConfig(port=0, watch=WATCH)
     router = Router(config, LiveLoop(SystemClock(), journal), machine, engines, roles=roles)
-    try:
-        async with router:
-            await router.wait_ready(3, timeout_seconds=10.0)
-            yield router, servers, journal
-            machine.check()
-            assert not router.cluster.flights
-            moves = router.cluster.moves
-            assert not moves._begun and not moves._on_their_way and not moves._letting_go and not moves._handed_over
-    finally:
-        for server in servers:
-            server.die()
+    async with settling(router, servers):
+        yield router, servers, journal
 
 
 def commands(journal: Journal, kind: type[Any]) -> list[Any]:
@@ -117,22 +110,7 @@ def test_whatever_servers_do_when_they_are_to_hand_over_no_token_is_lost_or_doub
     usage = {"stream_options": {"include_usage": True}}
     bodies = [body_of(chat=chat, max_tokens=max_tokens), body_of(chat=not chat, max_tokens=20, **usage)]
 
-    async def run() -> list[tuple[str, bytes]]:
-        async with split(faults, stack) as (router, servers, _):
-            for server in servers:
-                server.habits = list(habits)
-            async with asyncio.timeout(30):
-                answers = await asyncio.gather(*(ask_router(router, body) for body in bodies))
-            assert not any(server.misfits for server in servers)
-            return answers
-
-    for body, (request_id, raw) in zip(bodies, asyncio.run(run()), strict=True):
-        assert LEAK.encode() not in raw
-        if b'"error"' not in raw:
-            assert_whole(without_created(raw), body, request_id)
-        else:
-            # Each break and each stream that its server broke off counts; three resumptions are all that there are.
-            assert len(faults) + habits.count("hang_up") * 3 >= 3
+    assert_nothing_lost(split(faults, stack), habits, len(faults), bodies)
 
 
 # --- simulated engines -----------------------------------------------------------------------------------------------
@@ -302,19 +280,8 @@ async def test_simulated_engines_that_hand_over_conform() -> None:
         config = SystemConfig(instances=(InstanceSpec(InstanceId("sim"), InstanceLimits(num_blocks=1024)),))
         loop = LiveLoop(SystemClock())
         (made,) = simulated_engines(loop, build(config), config, STEP_TIME, hands_over=True)
-        yield _Conforming(made)
+        yield InProcess(made)
         await made.stop()
         loop.close()
 
     await check_engine(engine)
-
-
-class _Conforming:
-    def __init__(self, engine: SimulatedEngine) -> None:
-        self.engine = engine
-
-    def lose(self) -> None:
-        self.engine.lose()
-
-    def num_unfinished(self) -> int:
-        return len(self.engine._machine.unfinished())

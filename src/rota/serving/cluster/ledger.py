@@ -30,7 +30,6 @@ class InstanceLedger:
         "num_coming",
         "num_expected_requests",
         "num_leaving",
-        "num_outstanding_requests",
         "num_outstanding_tokens",
         "report",
         "restarted_at",
@@ -46,7 +45,6 @@ class InstanceLedger:
         self.max_prompt_tokens = max_prompt_tokens(spec)
         self.report: InstanceReport | None = None
         self.restarted_at: Instant | None = None
-        self.num_outstanding_requests = 0
         self.num_outstanding_tokens = 0
         self.num_leaving = 0
         """Migrations under way from here."""
@@ -63,6 +61,10 @@ class InstanceLedger:
         self._running: tuple[SequenceReport, ...] | None = ()
         self._waiting: tuple[SequenceReport, ...] | None = ()
         self.view = InstanceReading(self, prefix_index)
+
+    @property
+    def num_outstanding_requests(self) -> int:
+        return len(self._num_tokens_of)
 
     @property
     def num_migrations(self) -> int:
@@ -138,7 +140,6 @@ class InstanceLedger:
         """The request came here: so many tokens of it are outstanding."""
         request_id = request.id
         self._num_tokens_of[request_id] = num_tokens
-        self.num_outstanding_requests = len(self._num_tokens_of)
         self.num_booked_tokens += request.num_prompt_tokens
         self.num_outstanding_tokens += num_tokens
         if is_resuming:
@@ -157,7 +158,6 @@ class InstanceLedger:
         """The request ended here or left, however it did. Returns whether its next token was still waited for after
         it was resumed here, so that its place is free for the next one."""
         self.num_outstanding_tokens -= self._num_tokens_of.pop(request.id)
-        self.num_outstanding_requests = len(self._num_tokens_of)
         self.num_booked_tokens -= request.num_prompt_tokens
         self._changed(request.id)
         return self._resumed(request.id)

@@ -69,11 +69,10 @@ _SIGMA = 0.7
 class _Speaker:
     """One request in the engine: who hears it, what it says, how long it will be."""
 
-    __slots__ = ("has_started", "most_tokens", "num_spoken", "num_tokens", "placeholder", "request", "sink", "stream")
+    __slots__ = ("has_started", "most_tokens", "num_spoken", "num_tokens", "placeholder", "sink", "stream")
 
     def __init__(
         self,
-        request: Request,
         sink: AnswerSink,
         placeholder: Placeholder,
         num_tokens: int,
@@ -81,7 +80,6 @@ class _Speaker:
         *,
         stream: bool,
     ) -> None:
-        self.request = request
         self.sink = sink
         self.stream = stream
         self.placeholder = placeholder
@@ -223,7 +221,7 @@ class SimulatedEngine:
             goes_on=bool(given_ids),
             tells_ids=bool(wishes.return_token_ids),
         )
-        self._speakers[request.id] = _Speaker(request, sink, placeholder, num_tokens, most_tokens, stream=call.stream)
+        self._speakers[request.id] = _Speaker(sink, placeholder, num_tokens, most_tokens, stream=call.stream)
         if has_blocks:
             self._coming[request.id] = request
             self._loop.submit(self._name, RoomAsked(request.id, request.num_prompt_tokens))

@@ -188,7 +188,7 @@ class DeadlineAdmission:
                 num_left = num_own
             else:
                 place.look(view.num_outstanding_tokens - view.num_outstanding_requests)
-                num_ahead = place.num_promises
+                num_ahead = len(place.promises)
                 num_prefill -= num_ahead
                 if num_prefill < 1:
                     num_prefill = 1
@@ -301,7 +301,6 @@ class _Place:
         "busy_until",
         "id",
         "num_kv_tokens",
-        "num_promises",
         "num_waiting",
         "num_weighted",
         "promises",
@@ -311,7 +310,6 @@ class _Place:
     def __init__(self, instance_id: InstanceId) -> None:
         self.id = instance_id
         self.promises: dict[RequestId, _Promise] = {}
-        self.num_promises = 0
         self.num_kv_tokens = 0
         self.tightest: Duration | None = None
         self.busy_until = Instant(0)
@@ -324,14 +322,12 @@ class _Place:
 
     def remember(self, request_id: RequestId, promise: _Promise) -> None:
         self.promises[request_id] = promise
-        self.num_promises = len(self.promises)
         self.num_kv_tokens += promise.num_kv_tokens
         self.tightest = min((each for each in (self.tightest, promise.tpot) if each is not None), default=None)
         self._num_left = None
 
     def forget(self, request_id: RequestId) -> None:
         promise = self.promises.pop(request_id)
-        self.num_promises = len(self.promises)
         self.num_kv_tokens -= promise.num_kv_tokens
         if promise.tpot is not None and promise.tpot == self.tightest:
             self.tightest = min((each.tpot for each in self.promises.values() if each.tpot is not None), default=None)

@@ -7,6 +7,7 @@ from rota.base.errors import ConfigError
 from rota.serving.api import NOTHING, ClusterView, EngineCapabilities, InstanceId, InstanceView, Pick, Request, Role
 from rota.serving.policies.dispatch.by_role import ByRole, FleetRoles, place_of
 from rota.serving.policies.dispatch.scoring import least_booked, least_loaded, load_scores
+from rota.serving.policies.parameters import at_least_one
 
 _InPools = dict[Role, list[InstanceView]]
 
@@ -40,8 +41,7 @@ class Pools:
     def __init__(self, *, max_pending_tokens: int = 8192, expected_output_tokens: int = 256) -> None:
         """`max_pending_tokens` bounds a prefill queue, at least 1; `expected_output_tokens` is booked for each request,
         at least 0. Raises `ConfigError` outside of that."""
-        if max_pending_tokens < 1:
-            raise ConfigError(f"pools: max_pending_tokens must be at least 1, not {max_pending_tokens}")
+        at_least_one("pools", max_pending_tokens=max_pending_tokens)
         if expected_output_tokens < 0:
             raise ConfigError(f"pools: expected_output_tokens must be at least 0, not {expected_output_tokens}")
         self._max_pending_tokens = max_pending_tokens

@@ -22,6 +22,7 @@ from rota.serving.api import (
 from rota.serving.policies.dispatch.by_role import ByRole, place_of
 from rota.serving.policies.dispatch.scoring import least_loaded, load_scores
 from rota.serving.policies.observed_lengths import ObservedLengths
+from rota.serving.policies.parameters import at_least_one
 
 Reserve = Literal["greedy", "static", "dynamic"]
 
@@ -85,9 +86,12 @@ class PowerOfTwoByClass:
         """`heavy_tokens` and `bucket_tokens` are output tokens, at least 1; `guess_tokens` is predicted before any
         answer ended. `flip_after_seconds` of 0 flips nobody; TetriInfer's is 60. `stream` is the source of the draws.
         Raises `ConfigError` outside of that."""
-        for name, value in (("heavy", heavy_tokens), ("bucket", bucket_tokens), ("guess", guess_tokens)):
-            if value < 1:
-                raise ConfigError(f"power_of_two_by_class: {name}_tokens must be at least 1, not {value}")
+        at_least_one(
+            "power_of_two_by_class",
+            heavy_tokens=heavy_tokens,
+            bucket_tokens=bucket_tokens,
+            guess_tokens=guess_tokens,
+        )
         if reserve not in ("greedy", "static", "dynamic"):
             raise ConfigError(f"power_of_two_by_class: reserve must be greedy, static or dynamic, not {reserve!r}")
         if not 0.0 <= flip_after_seconds < 1e9:

@@ -8,6 +8,7 @@ from rota.serving.policies.dispatch.by_role import ByRole
 from rota.serving.policies.dispatch.scoring import least_booked, least_loaded, load_scores
 from rota.serving.policies.heat_map import load_heat_map
 from rota.serving.policies.observed_lengths import ObservedLengths
+from rota.serving.policies.parameters import at_least_one
 
 
 class PrefillOrTogether:
@@ -39,8 +40,7 @@ class PrefillOrTogether:
         `DataError` for a file that is no heat map."""
         if balance_tokens < 0:
             raise ConfigError(f"prefill_or_together: balance_tokens must be at least 0, not {balance_tokens}")
-        if guess_tokens < 1:
-            raise ConfigError(f"prefill_or_together: guess_tokens must be at least 1, not {guess_tokens}")
+        at_least_one("prefill_or_together", guess_tokens=guess_tokens)
         self._map = load_heat_map(heat_map)
         self._balance_tokens = balance_tokens
         self._lengths = ObservedLengths(guess_tokens=guess_tokens)

@@ -14,6 +14,7 @@ from rota.serving.api import (
     Request,
 )
 from rota.serving.policies.dispatch.scoring import equally_least_loaded, least_loaded, load_scores
+from rota.serving.policies.parameters import at_least_one
 
 
 class PrefixThenLoad:
@@ -45,8 +46,7 @@ class PrefixThenLoad:
             raise ConfigError(f"prefix_then_load: match_min must be a share in [0, 1], not {match_min}")
         if balance_absolute < 0:
             raise ConfigError(f"prefix_then_load: balance_absolute must be at least 0 requests, not {balance_absolute}")
-        if not balance_relative >= 1.0:
-            raise ConfigError(f"prefix_then_load: balance_relative must be at least 1, not {balance_relative}")
+        at_least_one("prefix_then_load", balance_relative=balance_relative)
         self._match_min = match_min
         self._balance_absolute = balance_absolute
         self._balance_relative = balance_relative

@@ -11,6 +11,7 @@ from rota.serving.policies.migration.plan_program import Program, solver_module
 from rota.serving.policies.migration.plan_search import Placed, PlanSearch
 from rota.serving.policies.migration.queue_heads import BlockedHead, blocked_heads, fewest_tokens
 from rota.serving.policies.migration.rounds import FRONTIER_STEPS, Round, Rounds, checked_interval
+from rota.serving.policies.parameters import at_least_one
 
 
 class DefragmentPlan:
@@ -51,17 +52,15 @@ class DefragmentPlan:
         high_priority_max: int = -1,
         high_load_target: float = HIGH_LOAD_TARGET,
     ) -> None:
-        """Raises `ConfigError` for a limit that is not above 0 and a threshold below 0, and without OR-Tools where
+        """Raises `ConfigError` for a limit below 1 and a threshold below 0, and without OR-Tools where
         `search_limit` is above 0."""
-        limits = {
-            "max_heads": max_heads,
-            "max_candidates": max_candidates,
-            "max_destinations": max_destinations,
-            "max_looks": max_looks,
-        }
-        for name, limit in limits.items():
-            if not limit > 0:
-                raise ConfigError(f"{name} must be above 0, not {limit}")
+        at_least_one(
+            "defragment_plan",
+            max_heads=max_heads,
+            max_candidates=max_candidates,
+            max_destinations=max_destinations,
+            max_looks=max_looks,
+        )
         if not search_limit >= 0.0:
             raise ConfigError(f"search_limit must be at least 0, not {search_limit}")
         if not destination_above >= 0.0:
