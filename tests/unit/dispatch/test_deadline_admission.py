@@ -13,9 +13,12 @@ from rota.base.errors import ConfigError
 from rota.base.instant import Duration, Instant, milliseconds, seconds
 from rota.serving.api import Admission, InstanceId, Request, RequestId, StepTimePredictor
 from rota.serving.assemble import SystemConfig
+from rota.serving.cluster.machine import ClusterMachine
+from rota.serving.model.events import FirstTokenSeen, InstanceStarted, RequestArrived, RequestFailed
 from rota.serving.model.instance import InstanceLimits, InstanceSpec
 from rota.serving.model.request import SLO
 from rota.serving.policies.admission.deadline_admission import DeadlineAdmission
+from rota.serving.policies.dispatch.least_outstanding_tokens import LeastOutstandingTokens
 from rota.serving.predictors.step_time.affine import AffineStepTime
 from rota.serving.predictors.step_time.profiles import load_profile
 from rota.serving.sim.cluster import SimulatedCluster
@@ -40,16 +43,7 @@ def ask(asking: DeadlineAdmission, request: Request, *instances: InstanceSample,
 
 
 def filled(asking: DeadlineAdmission, num: int, **of_request: Any) -> list[Admission]:
-    """Ask for so many, with the router's own count kept as a router keeps it."""
-    answers = []
-    for number in range(num):
-        num_in = sum(each.admitted for each in answers)
-        num_tokens = num_in * of_request.get("num_prompt_tokens", 100)
-        view = InstanceSample(
-            A, max_num_batched_tokens=100, num_outstanding_requests=num_in, num_outstanding_tokens=num_tokens
-        )
-        answers.append(ask(asking, asked(number, **of_request), view))
-    return answers
+    return [ask(asking, asked(number, **of_request)) for number in range(num)]
 
 
 def play(asking: StackConfig, arrivals: list[tuple[Request, int]], steps: StepTimePredictor = STEPS) -> list[Any]:
@@ -102,7 +96,9 @@ class AskedEverywhere(DeadlineAdmission):
     def _best(self, request, instances, share, now):  # type: ignore[no-untyped-def]
         best = None
         for place in self._places.values():
-            place._num_left = None
+            waiting = [each for each in place.promises.values() if each.is_waiting]
+            place.num_waiting = sum(each.num_own for each in waiting)
+            place.num_weighted = sum(each.num_own * each.num_prompt_tokens for each in waiting)
         for view in instances:
             forecast = self._forecast(request, view, now)
             is_later = best is not None and forecast.ttft >= best.ttft
@@ -112,7 +108,7 @@ class AskedEverywhere(DeadlineAdmission):
 
 
 def arrivals_at_a_fleet(draw: random.Random) -> Iterator[tuple[Request, tuple[InstanceSample, ...], Instant]]:
-    """Requests of unlike lengths, classes and targets to instances of unlike limits, prefixes and counts."""
+    """Requests of unlike lengths, classes and targets to instances of unlike limits and prefixes."""
     ids = [InstanceId(f"i{number}") for number in range(draw.randint(1, 12))]
     alike, now = draw.random() < 0.5, 0
     scale = draw.choice([100, 3000, 30_000])
@@ -123,15 +119,12 @@ def arrivals_at_a_fleet(draw: random.Random) -> Iterator[tuple[Request, tuple[In
         for each, (max_num_seqs, num_blocks, budget) in zip(
             ids, limits[:1] * len(ids) if alike else limits, strict=True
         ):
-            num_requests = draw.randint(0, 8)
             views.append(
                 InstanceSample(
                     each,
                     max_num_seqs=max_num_seqs,
                     num_blocks=num_blocks,
                     max_num_batched_tokens=budget,
-                    num_outstanding_requests=num_requests,
-                    num_outstanding_tokens=num_requests * (1 + draw.choice([0, scale, scale * 2])),
                     num_cached_blocks=draw.choice([0, 0, 3, 100]),
                 )
             )
@@ -163,6 +156,9 @@ def test_asks_of_few_instances_and_answers_as_if_it_had_asked_of_all(seed: int) 
         answer = few.admit(request, cluster, 0)
         assert answer == all_.admit(request, cluster, 0)
         unfinished += [request] if answer.admitted else []
+        for seen in draw.sample(unfinished, draw.randint(0, min(2, len(unfinished)))):
+            few.first_token_seen(seen)
+            all_.first_token_seen(seen)
         while unfinished and draw.random() < 0.4:
             ended, num_output = unfinished.pop(draw.randrange(len(unfinished))), draw.choice([None, 5, 100])
             few.request_ended(ended, num_output)
@@ -239,7 +235,8 @@ def test_a_newcomer_may_not_slow_down_who_was_promised_a_pace() -> None:
     wide = InstanceSample(A, max_num_batched_tokens=1000)
     assert ask(asking, asked(0, 1000, slo=SLO(tpot=milliseconds(200))), wide).admitted
     longer = asked(1, 10_000, slo=SLO(ttft=seconds(60)))
-    one = InstanceSample(A, max_num_batched_tokens=1000, num_blocks=10**6, num_outstanding_requests=1)
+    asking.first_token_seen(asked(0))
+    one = InstanceSample(A, max_num_batched_tokens=1000, num_blocks=10**6)
     assert ask(asking, longer, one).admitted
     crowd = asked(2, 10**6, slo=SLO(ttft=seconds(600)))
     answer = ask(asking, crowd, InstanceSample(A, max_num_batched_tokens=1000, num_blocks=10**6, max_model_len=10**7))
@@ -265,6 +262,47 @@ def test_the_best_instance_is_promised_and_remembered_until_the_end() -> None:
     assert not asking._place_of
     assert not asking._places
     assert asking.admit(asked(9), ClusterSample(Instant(0), ()), 0).instance_ids == ()
+
+
+def test_prompts_wait_until_their_first_token_was_seen_and_no_longer() -> None:
+    asking = policy(ttft_seconds=60.0)
+    alone = ask(asking, asked(0, 1000))
+    behind = ask(asking, asked(1, 1000))
+    asking.first_token_seen(asked(0, 1000))
+    asking.first_token_seen(asked(0, 1000))  # Again, since it was resumed.
+    asking.request_ended(asked(1, 1000), None)
+    after = ask(asking, asked(2, 1000))
+    told = [float(each.reason.split("predicted in ")[1].split(" s")[0]) for each in (alone, behind, after)]
+    assert told[0] <= told[2] < told[1]
+    for number in (0, 2):
+        asking.request_ended(asked(number), None)
+    assert ask(asking, asked(3, 1000)).reason == alone.reason
+    asking.first_token_seen(asked(7))  # Of one who was promised nothing.
+
+
+def test_the_machine_tells_of_first_tokens_once_for_each_time_that_a_prompt_is_computed() -> None:
+    class Heard(DeadlineAdmission):
+        def __init__(self) -> None:
+            super().__init__(step_time=STEPS)
+            self.ids: list[RequestId] = []
+
+        def first_token_seen(self, request: Request) -> None:
+            self.ids.append(request.id)
+            super().first_token_seen(request)
+
+    heard, now = Heard(), Instant(0)
+    machine = ClusterMachine(LeastOutstandingTokens(), heard, max_resumptions=1)
+    machine.handle(InstanceStarted(InstanceSpec(A, InstanceLimits(num_blocks=1000))), now)
+    for number in range(2):
+        machine.handle(RequestArrived(asked(number, movable=True)), now)
+    first, second = asked(0).id, asked(1).id
+    machine.handle(FirstTokenSeen(first, A), now)
+    machine.handle(FirstTokenSeen(first, A), now)
+    machine.handle(FirstTokenSeen(second, B), now)  # Of an attempt that is over.
+    assert heard.ids == [first]
+    machine.handle(RequestFailed(first, A, "broke off", retryable=True, num_output_tokens=3), now)
+    machine.handle(FirstTokenSeen(first, A), now)
+    assert heard.ids == [first, first]
 
 
 @pytest.mark.parametrize(

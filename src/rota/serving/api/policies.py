@@ -200,6 +200,16 @@ class EndObserver(Protocol):
 
 
 @runtime_checkable
+class FirstTokenObserver(Protocol):
+    """An admission policy that wants to hear of first tokens, to know whose prompts still wait."""
+
+    def first_token_seen(self, request: Request) -> None:
+        """The first token of a request came, or the first after it was resumed: nothing of its prompt waits at its
+        instance. Of an answer that is not streamed the router sees it at the end only."""
+        ...
+
+
+@runtime_checkable
 class AdmissionPolicy(Protocol):
     """Whether a request may enter at all."""
 

@@ -9,6 +9,7 @@ from rota.serving.api import (
     DecodePlacer,
     DispatchPolicy,
     EndObserver,
+    FirstTokenObserver,
     FleetView,
     Flip,
     InstanceView,
@@ -98,6 +99,12 @@ def tell_end(policy: EndObserver, request: Request, num_output_tokens: int | Non
     """A request ended, with so many output tokens if that is known."""
     with Asked(policy, f"the end of request {request.id}"):
         policy.request_ended(request, num_output_tokens)
+
+
+def tell_first_token(policy: FirstTokenObserver, request: Request) -> None:
+    """A request's prompt is computed."""
+    with Asked(policy, f"the first token of request {request.id}"):
+        policy.first_token_seen(request)
 
 
 def tell_report(policy: ReportObserver, instance: InstanceView) -> None:

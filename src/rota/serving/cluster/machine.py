@@ -182,6 +182,7 @@ class ClusterMachine:
                 if tracked is not None and tracked.state == RequestState.ASSIGNED:
                     tracked.move("first_token")
                     self._instances.first_token(tracked)
+                    self._door.first_token(tracked.request)
                     if self.fleet is not None:
                         self.fleet.demand.first_token(tracked.request, now)
                     return self._decode_places.first_token(tracked, now)

@@ -8,14 +8,11 @@ one.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from rota.base.errors import LawBroken
 from rota.serving.cluster.prefix_runs import PrefixRuns, RunsByFirst, leading
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request
-
-NO_MATCH: Mapping[InstanceId, int] = MappingProxyType({})
 
 
 class PrefixIndex:
@@ -33,8 +30,7 @@ class PrefixIndex:
         self._runs_of: dict[InstanceId, PrefixRuns] = {}
         # The answer for the request asked about last: a policy asks once for each instance.
         self._matched: Request | None = None
-        self._match: Mapping[InstanceId, int] = NO_MATCH
-        self._num_tokens: Mapping[InstanceId, int] = NO_MATCH
+        self._num_tokens: dict[InstanceId, int] = {}
 
     def __len__(self) -> int:
         return self._num_entries
@@ -55,17 +51,13 @@ class PrefixIndex:
 
     def match(self, request: Request) -> Mapping[InstanceId, int]:
         """How many of the request's hashes, from the first on, each instance is thought to hold; instances with none
-        are left out.
-
-        Computed once for a request, O(instances × log blocks) where prompts part at few places, and kept until
-        something is recorded or forgotten.
-        """
-        if request is not self._matched:
-            self._find(request)
-        return self._match
+        are left out. O(instances × log blocks) where prompts part at few places."""
+        held = leading(self._by_first, request.block_hashes)
+        return {runs.instance_id: num_held for runs, num_held in held.items()}
 
     def num_tokens(self, request: Request, instance_id: InstanceId) -> int:
-        """Leading tokens of the prompt that an instance is thought to hold."""
+        """Leading tokens of the prompt that an instance is thought to hold. Looked up once for all instances, and kept
+        until another request is asked about, or something is recorded or forgotten."""
         if request is not self._matched:
             self._find(request)
         return self._num_tokens.get(instance_id, 0)
@@ -110,13 +102,12 @@ class PrefixIndex:
             )
 
     def _find(self, request: Request) -> None:
-        match: dict[InstanceId, int] = {}
-        num_tokens: dict[InstanceId, int] = {}
+        per_hash, most = request.hash_block_tokens, request.num_prompt_tokens
+        num_tokens = {}
         for runs, num_held in leading(self._by_first, request.block_hashes).items():
-            match[runs.instance_id] = num_held
-            per_hash = request.hash_block_tokens or runs.block_size
-            num_tokens[runs.instance_id] = min(num_held * per_hash, request.num_prompt_tokens)
-        self._matched, self._match, self._num_tokens = request, MappingProxyType(match), num_tokens
+            found = num_held * (per_hash or runs.block_size)
+            num_tokens[runs.instance_id] = found if found < most else most
+        self._matched, self._num_tokens = request, num_tokens
 
     def _shrink(self) -> None:
         most = max([runs.num_blocks for runs in self._runs_of.values()])

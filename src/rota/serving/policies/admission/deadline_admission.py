@@ -116,6 +116,11 @@ class DeadlineAdmission:
             instance_ids=(best.place.id,),
         )
 
+    def first_token_seen(self, request: Request) -> None:
+        place = self._place_of.get(request.id)
+        if place is not None:
+            place.computed(request.id)
+
     def request_ended(self, request: Request, num_output_tokens: int | None) -> None:
         place = self._place_of.pop(request.id, None)
         if place is None:
@@ -187,7 +192,6 @@ class DeadlineAdmission:
                 num_ahead, context, num_kv = 0, num_prompt // 2, num_more
                 num_left = num_own
             else:
-                place.look(view.num_outstanding_tokens - view.num_outstanding_requests)
                 num_ahead = len(place.promises)
                 num_prefill -= num_ahead
                 if num_prefill < 1:
@@ -214,7 +218,6 @@ class DeadlineAdmission:
         num_ahead = len(place.promises)
         num_kv = place.num_kv_tokens + request.num_prompt_tokens + self._guess(request)
         num_own = max(1, request.num_prompt_tokens - view.num_prefix_tokens(request))
-        place.look(view.num_outstanding_tokens - view.num_outstanding_requests)
         num_waiting, num_weighted = place.num_waiting, place.num_weighted
         budget = self._step_tokens or view.max_num_batched_tokens
         num_prefill = max(1, budget - num_ahead)
@@ -283,7 +286,7 @@ class DeadlineAdmission:
 class _Promise:
     """What is known of one request at an instance."""
 
-    __slots__ = ("num_kv_tokens", "num_own", "num_prompt_tokens", "tpot")
+    __slots__ = ("is_waiting", "num_kv_tokens", "num_own", "num_prompt_tokens", "tpot")
 
     def __init__(self, num_prompt_tokens: int, num_own: int, num_kv_tokens: int, tpot: Duration | None) -> None:
         self.num_prompt_tokens = num_prompt_tokens
@@ -291,21 +294,14 @@ class _Promise:
         """Prompt tokens that were not thought to be cached."""
         self.num_kv_tokens = num_kv_tokens
         self.tpot = tpot
+        self.is_waiting = True
+        """Its first token was not seen."""
 
 
 class _Place:
-    """Who was promised something at one instance, in the order in which they were."""
+    """Who was promised something at one instance."""
 
-    __slots__ = (
-        "_num_left",
-        "busy_until",
-        "id",
-        "num_kv_tokens",
-        "num_waiting",
-        "num_weighted",
-        "promises",
-        "tightest",
-    )
+    __slots__ = ("busy_until", "id", "num_kv_tokens", "num_waiting", "num_weighted", "promises", "tightest")
 
     def __init__(self, instance_id: InstanceId) -> None:
         self.id = instance_id
@@ -315,39 +311,31 @@ class _Place:
         self.busy_until = Instant(0)
         """When the last of them has its first token, as it was predicted."""
         self.num_waiting = 0
-        """Prompt tokens that were still to be computed here when it was last looked at."""
+        """Prompt tokens of those whose first token was not seen."""
         self.num_weighted = 0
         """Their sum by the length of their prompts."""
-        self._num_left: int | None = None
 
     def remember(self, request_id: RequestId, promise: _Promise) -> None:
         self.promises[request_id] = promise
         self.num_kv_tokens += promise.num_kv_tokens
+        self.num_waiting += promise.num_own
+        self.num_weighted += promise.num_own * promise.num_prompt_tokens
         self.tightest = min((each for each in (self.tightest, promise.tpot) if each is not None), default=None)
-        self._num_left = None
+
+    def computed(self, request_id: RequestId) -> None:
+        """Its prompt does not wait any more."""
+        promise = self.promises[request_id]
+        if promise.is_waiting:
+            promise.is_waiting = False
+            self.num_waiting -= promise.num_own
+            self.num_weighted -= promise.num_own * promise.num_prompt_tokens
 
     def forget(self, request_id: RequestId) -> None:
+        self.computed(request_id)
         promise = self.promises.pop(request_id)
         self.num_kv_tokens -= promise.num_kv_tokens
         if promise.tpot is not None and promise.tpot == self.tightest:
             self.tightest = min((each.tpot for each in self.promises.values() if each.tpot is not None), default=None)
-        self._num_left = None
-
-    def look(self, num_left: int) -> None:
-        """Count what waits. First tokens come in the order of arrival, so those that have none are the last; how many
-        follows from `num_left`, the router's own count of tokens less that of requests. Counted anew where that has
-        changed."""
-        if num_left == self._num_left:
-            return
-        self._num_left = num_left
-        num_waiting = num_weighted = 0
-        for promise in reversed(self.promises.values()):
-            if num_left <= 0:
-                break
-            num_left -= promise.num_prompt_tokens - 1
-            num_waiting += promise.num_own
-            num_weighted += promise.num_own * promise.num_prompt_tokens
-        self.num_waiting, self.num_weighted = num_waiting, num_weighted
 
 
 class _Forecast:
