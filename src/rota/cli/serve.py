@@ -1,6 +1,7 @@
 """`rota serve`: the router, over engines that it starts itself or that run already."""
 
 import functools
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -281,6 +282,9 @@ def _refuse_what_vllm_cannot_host(stack: "StackConfig") -> None:
 
 
 def _announce(router: "Router", json: bool) -> None:
+    # Whatever was imported and built stays. Else each full collection of garbage looks through it, amid the answers.
+    gc.collect()
+    gc.freeze()
     url = f"{router.url}/v1"
     if json:
         print_json({"url": url, "instances": [engine.id for engine in router.engines]})
