@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from rota.base.instant import Instant, milliseconds
 from rota.serving.frontdoor.exchange import HttpRequest
-from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
+from rota.serving.frontdoor.intake import Intake
 from rota.serving.frontdoor.prompts import NUM_BLOCKS_MAX, TOKENS_PER_BLOCK, block_hashes
+from rota.serving.frontdoor.reading import CHAT, COMPLETIONS
 from rota.serving.model.request import Request, shared_prefix_blocks
 from rota.serving.model.text_counts import text_counts
 

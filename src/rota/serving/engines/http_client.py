@@ -15,6 +15,8 @@ Headers = list[tuple[bytes, bytes]]
 
 _NUM_IDLE_MAX = 512
 _HEAD_BYTES_MAX = 64 * 1024
+_PASS_BYTES = 256 * 1024
+"""Of a body no more is written in a pass of the event loop."""
 
 
 class ResponseSink(Protocol):
@@ -57,8 +59,7 @@ class HttpClient:
         if body or method == "POST":
             head.append(b"content-length: %d\r\n" % len(body))
         head.append(b"\r\n")
-        head.append(body)
-        call = Call(self, b"".join(head), sink)
+        call = Call(self, b"".join(head), body, sink)
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closing():
@@ -120,11 +121,12 @@ class HttpClient:
 class Call:
     """One request under way."""
 
-    __slots__ = ("_client", "_connection", "_dialling", "_wire", "is_over", "is_reused", "sink")
+    __slots__ = ("_body", "_client", "_connection", "_dialling", "_head", "is_over", "is_reused", "sink")
 
-    def __init__(self, client: HttpClient, wire: bytes, sink: ResponseSink) -> None:
+    def __init__(self, client: HttpClient, head: bytes, body: bytes, sink: ResponseSink) -> None:
         self._client = client
-        self._wire = wire
+        self._head = head
+        self._body = body
         self.sink = sink
         self._connection: _Connection | None = None
         self._dialling: asyncio.Task[None] | None = None
@@ -164,13 +166,14 @@ class Call:
 
     # --- from the connection -----------------------------------------------------------------------------------------
 
-    def begun(self, connection: "_Connection") -> bytes:
+    def begun(self, connection: "_Connection") -> tuple[bytes, bytes]:
+        """Head and body, for the connection to send."""
         self._connection = connection
-        return self._wire
+        return self._head, self._body
 
     def head(self, status: int, headers: Headers) -> None:
         if not self.is_over:
-            self._wire = b""
+            self._body = b""
             self.sink.on_head(status, headers)
 
     def ended(self) -> None:
@@ -207,6 +210,8 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._call: Call | None = None
+        self._is_full = False
+        """The server takes no more for now."""
         self._reset()
 
     def _reset(self) -> None:
@@ -219,6 +224,8 @@ class _Connection(asyncio.Protocol):
         self._is_silent = True
         self._keep_alive = True
         self._paused = False
+        self._unsent = memoryview(b"")
+        """What is still to be written of the request's body."""
         self._is_chunked = False
         self._is_in_chunk = False
         self._pass_on: Callable[[bytes], bool] | None = None
@@ -229,7 +236,29 @@ class _Connection(asyncio.Protocol):
         self._reset()
         self._call = call
         assert self._transport is not None
-        self._transport.write(call.begun(self))
+        head, body = call.begun(self)
+        if len(body) <= _PASS_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            self._unsent = memoryview(body)
+            self._write_on()
+
+    def _write_on(self) -> None:
+        """Write some of a large body in this pass of the event loop, and some in the next: at once it would hold up
+        everybody."""
+        if self._transport is None or self._is_full or not self._unsent:
+            return
+        part, self._unsent = self._unsent[:_PASS_BYTES], self._unsent[_PASS_BYTES:]
+        self._transport.write(part)
+        asyncio.get_running_loop().call_soon(self._write_on)
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        self._write_on()
 
     def is_closing(self) -> bool:
         return self._transport is None or self._transport.is_closing()
@@ -297,7 +326,7 @@ class _Connection(asyncio.Protocol):
                 call.sink.on_data(body)
         if self._is_complete:
             self._call = None
-            if self._keep_alive and not self._paused and not call.is_over:
+            if self._keep_alive and not self._paused and not call.is_over and not self._unsent:
                 self._client.released(self)
             else:
                 self.close()

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -16,11 +17,14 @@ from rota.serving.frontdoor.board_page import STATE, UI, BoardPage, RouterBoard
 from rota.serving.frontdoor.exchange import Asker, Exchange, HttpRequest
 from rota.serving.frontdoor.http1 import HttpLimits, HttpServer
 from rota.serving.frontdoor.instance_metrics import InstanceCollector
-from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
+from rota.serving.frontdoor.intake import Intake
 from rota.serving.frontdoor.key_watch import KeyWatch
 from rota.serving.frontdoor.keys import AUTHORIZATION, KeyHolder, KeyRing
+from rota.serving.frontdoor.large_bodies import LARGE_BYTES, LargeBodies, LargeBody, Outcome
 from rota.serving.frontdoor.openapi import describe
 from rota.serving.frontdoor.problems import Problem
+from rota.serving.frontdoor.reading import CHAT, COMPLETIONS, BodyReader
+from rota.serving.frontdoor.reading_process import ReadingProcess
 from rota.serving.frontdoor.refusal_pace import RefusalPace
 from rota.serving.frontdoor.request_rate import RequestRate
 from rota.serving.frontdoor.telemetry import Telemetry
@@ -79,6 +83,7 @@ class FrontDoor:
             resume=resume,
             counts_text=text_counts,
         )
+        self.large_bodies = LargeBodies(partial(ReadingProcess, self.server.limits.max_body_bytes))
         self._description = msgspec.json.encode(describe(self.server.limits))
         self._admin = InstanceAdmin(cluster, self._send)
         self._request_admin = RequestAdmin(cluster, self._send)
@@ -100,15 +105,23 @@ class FrontDoor:
         self._turns.take(_name_of(exchange.request.asker), exchange)
 
     def _handle(self, exchange: Exchange) -> None:
+        self._answer(exchange, partial(self._answer_by_route, exchange))
+
+    def _answer_by_route(self, exchange: Exchange) -> None:
+        request = exchange.request
+        route = self._route(request.path)
+        if route is None:
+            raise Problem(404, f"there is no {request.path or 'such path'} here", code="not_found")
+        method, answer = route
+        if request.method != method and not (method == "GET" and request.method == "HEAD"):
+            raise Problem(405, f"{request.path} takes {method}, not {request.method}", code="method_not_allowed")
+        answer(exchange)
+
+    def _answer(self, exchange: Exchange, answer: Callable[[], None]) -> None:
+        """Have an exchange answered; if only with what went wrong."""
         request = exchange.request
         try:
-            route = self._route(request.path)
-            if route is None:
-                raise Problem(404, f"there is no {request.path or 'such path'} here", code="not_found")
-            method, answer = route
-            if request.method != method and not (method == "GET" and request.method == "HEAD"):
-                raise Problem(405, f"{request.path} takes {method}, not {request.method}", code="method_not_allowed")
-            answer(exchange)
+            answer()
         except Problem as problem:
             self._answer_problem(exchange, problem)
         except Exception:
@@ -140,7 +153,7 @@ class FrontDoor:
             exchange.cut()
         else:
             exchange.listener = None  # There is nothing left that its client could leave.
-            exchange.request.body = b""
+            exchange.request.parts = ()
             later = asyncio.get_running_loop().call_later
             later(held, exchange.respond, problem.status, headers, problem.body())
 
@@ -208,7 +221,29 @@ class FrontDoor:
         holder, now = self._holder(exchange.request), self.cluster.loop.now()
         if holder is not None:
             self._within_rate(holder, now)
-        call = self._intake.read(exchange.request, now, holder)
+        request = exchange.request
+        if request.num_body_bytes < LARGE_BYTES[request.path]:
+            self._submit(exchange, self._intake.read(request, now, holder))
+            return
+        reader = self._intake.reader(request, holder)
+        parts, request.parts = list(request.parts), ()
+        heard = partial(self._heard_of, exchange, reader, now)
+        body = self.large_bodies.read(_name_of(request.asker), reader, parts, heard)
+        counts = None if self._tenants is None or holder is None else self._tenants.of(holder.tenant)
+        exchange.listener = _Unread(self, body, counts)
+
+    def _heard_of(self, exchange: Exchange, reader: BodyReader, arrived_at: Instant, outcome: Outcome) -> None:
+        """A large body was read."""
+
+        def go_on() -> None:
+            if isinstance(outcome, Problem):
+                raise outcome
+            self._submit(exchange, self._intake.call(exchange.request, reader, outcome, arrived_at))
+
+        exchange.listener = None
+        self._answer(exchange, go_on)
+
+    def _submit(self, exchange: Exchange, call: EngineCall) -> None:
         self.telemetry.prompt_tokens.inc(call.request.num_prompt_tokens)
         counts = None if self._tenants is None else self._tenants.of(call.request.tenant)
         if counts is not None:
@@ -216,6 +251,12 @@ class FrontDoor:
         client = _Conversation(self, exchange, call, counts)
         exchange.listener = client
         self.cluster.submit(call, client)
+
+    def left(self, counts: TenantCounts | None) -> None:
+        """Count a client that left before its answer was whole."""
+        self.telemetry.clients_left.inc()
+        if counts is not None:
+            counts.ended("left")
 
     def _within_rate(self, holder: KeyHolder, now: Instant) -> None:
         """Raises `Problem` (429) where a tenant has had its requests of this minute."""
@@ -270,6 +311,24 @@ class FrontDoor:
         exchange.respond(status, _JSON, msgspec.json.encode(value))
 
 
+class _Unread:
+    """A request whose large body is not read yet, seen from its client."""
+
+    __slots__ = ("_body", "_counts", "_door")
+
+    def __init__(self, door: FrontDoor, body: LargeBody, counts: TenantCounts | None) -> None:
+        self._door = door
+        self._body = body
+        self._counts = counts
+
+    def client_left(self) -> None:
+        self._body.forget()
+        self._door.left(self._counts)
+
+    def client_stalled(self, stalled: bool) -> None:
+        """Nothing was said to it yet."""
+
+
 class _Conversation:
     """One request to an engine, seen from its client: hears the cluster and writes the answer."""
 
@@ -288,8 +347,7 @@ class _Conversation:
     # --- from the connection -----------------------------------------------------------------------------------------
 
     def client_left(self) -> None:
-        self._door.telemetry.clients_left.inc()
-        self._count("left")
+        self._door.left(self._counts)
         self._door.cluster.client_left(self._request_id)
 
     def client_stalled(self, stalled: bool) -> None:

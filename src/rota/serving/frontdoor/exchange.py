@@ -22,15 +22,25 @@ class Asker(Protocol):
 class HttpRequest:
     """One complete request. Header names are lower-case bytes; repeated headers are joined with a comma."""
 
-    __slots__ = ("asker", "body", "headers", "method", "path")
+    __slots__ = ("asker", "headers", "method", "parts", "path")
 
-    def __init__(self, method: str, path: str, headers: Headers, body: bytes, asker: Asker | None = None) -> None:
+    def __init__(self, method: str, path: str, headers: Headers, *parts: bytes, asker: Asker | None = None) -> None:
         self.method = method
         self.path = path
         self.headers = headers
-        self.body = body
+        self.parts = parts
+        """The body as it came. To put a large one together takes milliseconds."""
         self.asker = asker
         """Whom the headers were found to be of, before the body was read."""
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+
+    @property
+    def num_body_bytes(self) -> int:
+        return sum(map(len, self.parts))
 
     def header(self, name: bytes) -> bytes | None:
         """The value of a header, or None."""

@@ -19,6 +19,8 @@ from rota.serving.frontdoor.problems import Problem
 _UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
 _NUM_PIPELINED_MAX = 16
 _SLICE_BYTES = 2 * 1024
+_PASS_BYTES = 64 * 1024
+"""Of one connection no more is read in a pass of the event loop, once there is so much at once."""
 _DISCARDED_BYTES_MAX = 64 * 1024 * 1024
 _SWEEP_SECONDS = 1.0
 
@@ -103,6 +105,14 @@ class HttpConnection(asyncio.Protocol):
             self._reading = True
             self.waiting_since = time.monotonic()
         self._read(self._unread + data)
+        if len(data) >= _PASS_BYTES and self.transport is not None and self.transport.is_reading():
+            # Others have their turn between this and what else has come: the system would hand on megabytes at once.
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self.transport is not None and not self._closing and len(self._pipelined) < _NUM_PIPELINED_MAX:
+            self.transport.resume_reading()
 
     def _read(self, data: bytes) -> None:
         """Parse what has come, a slice at a time, until enough requests wait for those before them. The rest is kept,
@@ -225,7 +235,9 @@ class HttpConnection(asyncio.Protocol):
         if self._problem is not None or self._parser.should_upgrade():
             return
         method = self._parser.get_method().decode("ascii", "replace")
-        request = HttpRequest(method, self._server.path_of(self._url), self._headers, b"".join(self._body), self._asker)
+        path = self._server.path_of(self._url)
+        request = HttpRequest(method, path, self._headers, *self._body, asker=self._asker)
+        self._body = []
         is_http11 = self._parser.get_http_version() == "1.1"
         keep_alive = self._parser.should_keep_alive() and not self._server.draining
         exchange = Exchange(self, request, keep_alive=keep_alive, chunked=is_http11)

@@ -1,23 +1,15 @@
 """From an HTTP request to the facts that policies decide on, and to the call that an engine is sent."""
 
-import msgspec
-
 from rota.base.instant import Instant
 from rota.serving.engines.engine import EngineCall, Headers
-from rota.serving.frontdoor import bodies, prompts
-from rota.serving.frontdoor.claims import check_class, check_identity, granted_body, granted_salt
+from rota.serving.frontdoor import prompts
+from rota.serving.frontdoor.claims import check_identity
 from rota.serving.frontdoor.exchange import HttpRequest
 from rota.serving.frontdoor.identity import PRIORITY_HEADER, REQUEST_ID_HEADER, Identity, read_identity
 from rota.serving.frontdoor.keys import AUTHORIZATION, KeyHolder
 from rota.serving.frontdoor.problems import Problem
-from rota.serving.frontdoor.travel import chat_travels, completion_travels
-from rota.serving.model.request import DEFAULT_TENANT, ProgramId, Request, RequestId, TenantId
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
-DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's default of `max_tokens` for text completions."""
+from rota.serving.frontdoor.reading import BodyReader, Reading
+from rota.serving.model.request import Request, RequestId
 
 _JSON = b"application/json"
 _NOT_FORWARDED = frozenset(
@@ -63,69 +55,48 @@ class Intake:
     def read(self, http: HttpRequest, now: Instant, holder: KeyHolder | None = None) -> EngineCall:
         """Check a request to one of the two endpoints. With a `holder` the tenant is that of its key, and what the
         request claims beyond it is refused. Raises `Problem`, which names what is wrong."""
+        reader = self.reader(http, holder)
+        return self.call(http, reader, reader.read(http.body), now)
+
+    def reader(self, http: HttpRequest, holder: KeyHolder | None = None) -> BodyReader:
+        """What reads the body of a request, whose head is checked here. Raises `Problem`."""
         _check_media_type(http)
-        bodies.check_encoding(http.body)
         identity = read_identity(http.headers)
         if holder is not None:
             check_identity(holder, identity)
             identity = identity._replace(tenant=holder.tenant)
-        body: bodies.Body
-        movable = False
-        counts: tuple[int, ...] = ()
-        if http.path == CHAT:
-            body, messages = bodies.read_chat(http.body)
-            prompt, tools = bytes(body.messages), bytes(body.tools)
-            num_tokens = prompts.num_message_tokens(messages)
-            declared = body.max_completion_tokens or body.max_tokens
-            max_tokens = declared or self._default_max_tokens
-            if body.stream and self._resume:
-                movable = chat_travels(http.body, messages)
-            if self._counts_text:
-                counts = prompts.message_counts(messages)
-        else:
-            body, parsed = bodies.read_completion(http.body)
-            prompt, tools = bytes(body.prompt), b""
-            num_tokens = prompts.num_prompt_tokens(parsed)
-            declared = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-            max_tokens = declared
-            if body.stream and self._resume:
-                movable = completion_travels(http.body, parsed)
-            if self._counts_text:
-                counts = prompts.prompt_counts(parsed)
-        priority, salt, raw = _priority(identity, body), body.cache_salt, http.body
-        session, program = _session(identity, body), _program(identity, body)
-        if holder is not None:
-            check_class(holder, identity, priority)
-            salt = granted_salt(holder, salt)
-            raw = granted_body(raw, holder, salt)
-            # Two tenants may use one name for different things.
-            session = None if session is None else f"{holder.tenant}/{session}"
-            program = None if program is None else ProgramId(f"{holder.tenant}/{program}")
+        return BodyReader(
+            http.path, identity, holder, self._default_max_tokens, resume=self._resume, counts_text=self._counts_text
+        )
+
+    def call(self, http: HttpRequest, reader: BodyReader, reading: Reading, now: Instant) -> EngineCall:
+        """Name a request whose body was read; it arrived at `now`."""
+        identity = reader.identity
         request = Request(
             id=self._request_id(identity),
             arrived_at=now,
-            num_prompt_tokens=num_tokens,
-            max_tokens=int(max_tokens),
-            priority=priority,
-            tenant=_tenant(identity, body),
-            program=program,
-            session=session,
+            num_prompt_tokens=reading.num_prompt_tokens,
+            max_tokens=reading.max_tokens,
+            priority=reading.priority,
+            tenant=reading.tenant,
+            program=reading.program,
+            session=reading.session,
             slo=identity.slo,
-            block_hashes=prompts.block_hashes(
-                prompt, num_tokens, (body.model or "").encode(), (salt or "").encode(), tools
-            ),
+            block_hashes=reading.block_hashes,
             hash_block_tokens=prompts.TOKENS_PER_BLOCK,
-            declares_max_tokens=declared is not None,
-            movable=movable,
-            text_counts=counts,
+            declares_max_tokens=reading.declares_max_tokens,
+            movable=reading.movable,
+            text_counts=reading.text_counts,
         )
         return EngineCall(
             request=request,
             path=http.path,
-            headers=_forwarded(http.headers, request, identity, _NOT_FORWARDED if holder is None else _NOT_PAST_KEYS),
-            body=raw,
-            stream=bool(body.stream),
-            has_arguments=holder is not None or body.vllm_xargs is not msgspec.UNSET,
+            headers=_forwarded(
+                http.headers, request, identity, _NOT_FORWARDED if reader.holder is None else _NOT_PAST_KEYS
+            ),
+            body=reading.body,
+            stream=reading.stream,
+            has_arguments=reading.has_arguments,
         )
 
     def _request_id(self, identity: Identity) -> RequestId:
@@ -144,25 +115,6 @@ def _check_media_type(http: HttpRequest) -> None:
     encoding = http.header(b"content-encoding")
     if encoding is not None and encoding.strip().lower() != b"identity":
         raise Problem(415, "compressed request bodies are not understood", param="content-encoding")
-
-
-def _priority(identity: Identity, body: bodies.Body) -> int:
-    return identity.priority if identity.priority is not None else int(body.priority or 0)
-
-
-def _tenant(identity: Identity, body: bodies.Body) -> TenantId:
-    tenant = identity.tenant or (body.vllm_xargs.tenant if body.vllm_xargs else None)
-    return TenantId(tenant) if tenant else DEFAULT_TENANT
-
-
-def _session(identity: Identity, body: bodies.Body) -> str | None:
-    return identity.session or body.session_id or (body.vllm_xargs.session_id if body.vllm_xargs else None)
-
-
-def _program(identity: Identity, body: bodies.Body) -> ProgramId | None:
-    context = body.vllm_xargs.agentic_context if body.vllm_xargs else None
-    program = identity.program or (context.program_id if context else None)
-    return ProgramId(program) if program else None
 
 
 def _forwarded(headers: Headers, request: Request, identity: Identity, dropped: frozenset[bytes]) -> Headers:

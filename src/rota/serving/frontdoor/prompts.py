@@ -20,6 +20,8 @@ NUM_BLOCKS_MAX = 512
 _BLOCK_BYTES = BYTES_PER_TOKEN * TOKENS_PER_BLOCK
 _TOKENS_PER_MESSAGE = 4
 _TOKENS_PER_MEDIUM = 256
+_NUMBERS = (int, float)
+"""A tuple, since `int | float` would be made anew for each of a million token ids."""
 
 
 def num_message_tokens(messages: list[Message]) -> int:
@@ -45,7 +47,7 @@ def num_prompt_tokens(prompt: Prompt) -> int:
         return max(1, _quarter(_num_bytes(prompt)))
     num_tokens = 0
     for item in prompt:
-        if isinstance(item, int | float):
+        if isinstance(item, _NUMBERS):
             num_tokens += 1
         elif isinstance(item, str):
             num_tokens += _quarter(_num_bytes(item))

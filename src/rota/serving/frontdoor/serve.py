@@ -19,6 +19,7 @@ from rota.serving.frontdoor.app import SHUTTING_DOWN, FrontDoor
 from rota.serving.frontdoor.http1 import HttpLimits
 from rota.serving.frontdoor.key_watch import KeyWatch
 from rota.serving.frontdoor.keys import KeyFile, KeyRing
+from rota.serving.frontdoor.problems import Problem
 from rota.serving.frontdoor.scaling import Scaling
 from rota.serving.live.cluster import LiveCluster
 from rota.serving.live.fleet import Fleet
@@ -186,14 +187,19 @@ class Router:
         if given_up and len(given_up) == len(self.engines):
             raise EngineError("\n".join(given_up))
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that clients wait for."""
+        return len(self.cluster.flights) + self.door.large_bodies.num_unread
+
     async def drain(self, seconds: float) -> int:
         """Take nothing new and let what is under way go on for so long. Returns how many requests are left."""
         self.door.server.stop_accepting()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.cluster.flights:
+                while self.num_unfinished:
                     await asyncio.sleep(0.02)
-        return len(self.cluster.flights)
+        return self.num_unfinished
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Stop in order: new requests, requests under way, watches, engines, connections."""
@@ -201,6 +207,7 @@ class Router:
         if num_left:
             _log.warning("%d requests were not finished in time and end with an error", num_left)
             self.cluster.fail_all(SHUTTING_DOWN)
+        await self.door.large_bodies.close(Problem(503, SHUTTING_DOWN, code="shutting_down"))
         for looking in (self._looking, self._reading_keys):
             if looking is not None:
                 looking.cancel()

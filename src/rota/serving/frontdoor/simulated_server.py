@@ -21,8 +21,9 @@ from rota.serving.assemble import SystemConfig, build
 from rota.serving.engines.engine import EngineCall, Headers
 from rota.serving.frontdoor.exchange import Exchange
 from rota.serving.frontdoor.http1 import HttpServer
-from rota.serving.frontdoor.intake import CHAT, COMPLETIONS, Intake
+from rota.serving.frontdoor.intake import Intake
 from rota.serving.frontdoor.problems import Problem
+from rota.serving.frontdoor.reading import CHAT, COMPLETIONS
 from rota.serving.live.simulated import SimulatedEngine, simulated_engines
 from rota.serving.model.instance import InstanceId, InstanceLimits, InstanceSpec
 from rota.serving.predictors.step_time.affine import AffineStepTime

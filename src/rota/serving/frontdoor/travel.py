@@ -75,7 +75,7 @@ class _ChatTerms(_Terms, kw_only=True):
     continue_final_message: msgspec.Raw = msgspec.Raw()
     chat_template: msgspec.Raw = msgspec.Raw()
     chat_template_kwargs: msgspec.Raw = msgspec.Raw()
-    tools: list[Any] | None = None
+    tools: list[msgspec.Raw] | None = None
 
     def stays(self) -> bool:
         return bool(self.tools) or super().stays()
