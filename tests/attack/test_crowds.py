@@ -184,8 +184,9 @@ async def test_ten_thousand_connections_cost_little_and_keep_no_tenant_out() -> 
                 assert (await answer_to(port, post(GOOD, key=ALICE)))[0] == 200
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / num
             assert grown < 16, f"{grown:.1f} KiB for each connection"
-            beyond = [await asyncio.open_connection("127.0.0.1", port) for _ in range(101)]
-            assert b" 503 " in await asyncio.wait_for(beyond[-1][0].readuntil(b"\r\n\r\n"), 20)
+            beyond = [await asyncio.open_connection("127.0.0.1", port) for _ in range(120)]
+            assert (await answer_to(port, post(GOOD)))[0] == 200
+            assert len(running.router.door.server._connections) <= http.max_connections
             for _, writer in beyond:
                 writer.transport.abort()
             crowded.kill()
@@ -193,3 +194,35 @@ async def test_ten_thousand_connections_cost_little_and_keep_no_tenant_out() -> 
             await until_gone(running)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("name", [*SLOW, "with a wrong key", "on /health"])
+@pytest.mark.asyncio
+async def test_strangers_who_hold_every_connection_keep_no_tenant_out(name: str) -> None:
+    sent = {**SLOW, "with a wrong key": post(GOOD, key="rota-nobodys")[:-5], "on /health": get("/health")}[name]
+    sent = sent.replace(ALICE.encode(), b"rota-nobodys")
+    http = HttpLimits(max_connections=20)
+    async with running_router(num_simulated=1, serve=ServeConfig(port=0, keys=keys_of_three(), http=http)) as running:
+        port = running.router.door.server.port
+        kept_reader, kept = await asyncio.open_connection("127.0.0.1", port)
+        kept.write(post(GOOD))
+        assert b" 200 " in await asyncio.wait_for(kept_reader.readuntil(b"\r\n\r\n"), 20)
+        async with crowd(port, 60, sent):
+            for _ in range(10):
+                assert (await answer_to(port, post(GOOD)))[0] == 200
+            assert len(running.router.door.server._connections) <= 20
+        kept.write(post(GOOD, "connection: close"))
+        assert b" 200 " in await asyncio.wait_for(kept_reader.read(-1), 20), "a tenant's own was not cut for them"
+        kept.close()
+        await until_gone(running)
+
+
+@pytest.mark.asyncio
+async def test_without_keys_those_who_never_finish_a_request_make_room_for_those_who_do() -> None:
+    http = HttpLimits(max_connections=20)
+    async with running_router(num_simulated=1, serve=ServeConfig(port=0, http=http)) as running:
+        port = running.router.door.server.port
+        async with crowd(port, 30, post(GOOD, key=None)[:-5]):
+            for _ in range(10):
+                assert (await answer_to(port, post(GOOD, key=None)))[0] == 200
+        await until_gone(running)

@@ -211,8 +211,11 @@ async def test_a_slow_writer_is_told_and_an_idle_connection_closed() -> None:
 @pytest.mark.asyncio
 async def test_connections_beyond_the_limit_are_told_so() -> None:
     async with serving(echo, max_connections=2) as server:
-        opened = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(3)]
-        await asyncio.sleep(0.02)
+        opened = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
+        for reader, writer in opened:
+            writer.write(b"GET /a HTTP/1.1\r\n\r\n")
+            assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        opened.append(await asyncio.open_connection("127.0.0.1", server.port))
         head = await asyncio.wait_for(opened[2][0].readuntil(b"\r\n\r\n"), 2)
         assert b" 503 " in head
         opened[0][1].write(b"GET /a HTTP/1.1\r\n\r\n")

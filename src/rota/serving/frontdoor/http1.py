@@ -6,7 +6,7 @@ never reaches it. The handler is a plain function; it answers at once or later, 
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import cast
 
@@ -33,6 +33,7 @@ class HttpLimits(msgspec.Struct, frozen=True):
     max_head_bytes: int = 32 * 1024
     """Request line and headers together."""
     max_connections: int = 8192
+    """Beyond it those on which nobody who may ask has asked make room."""
     read_timeout_seconds: float = 60.0
     """From the first byte of a request to its last."""
     idle_timeout_seconds: float = 75.0
@@ -204,8 +205,10 @@ class HttpConnection(asyncio.Protocol):
             except Problem as problem:
                 self._problem = problem
                 return
-            if self._asker is not None and self._asker.max_body_bytes is not None:
-                self._max_body_bytes = min(self._max_body_bytes, self._asker.max_body_bytes)
+            if self._asker is not None:
+                self._server.recognised(self)
+                if self._asker.max_body_bytes is not None:
+                    self._max_body_bytes = min(self._max_body_bytes, self._asker.max_body_bytes)
         for name, value in self._headers:
             if name == b"content-length":
                 self._num_announced_bytes = int(value)
@@ -234,6 +237,8 @@ class HttpConnection(asyncio.Protocol):
         self._reading = False
         if self._problem is not None or self._parser.should_upgrade():
             return
+        if self._server.check_head is None:
+            self._server.recognised(self)
         method = self._parser.get_method().decode("ascii", "replace")
         path = self._server.path_of(self._url)
         request = HttpRequest(method, path, self._headers, *self._body, asker=self._asker)
@@ -365,6 +370,11 @@ class HttpServer:
         self.port = 0
         """The port listened on, once it is."""
         self._connections: set[HttpConnection] = set()
+        self._unrecognised: OrderedDict[HttpConnection, None] = OrderedDict()
+        """Those on which nobody who may ask has asked yet, oldest first: no head that `check_head` knew, or where
+        nobody checks heads no complete request."""
+        self._turned_away: set[HttpConnection] = set()
+        """Those that are being told that there are too many."""
         self._paths: dict[bytes, str] = {}
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -392,11 +402,29 @@ class HttpServer:
             connection.cut()
 
     def opened(self, connection: HttpConnection) -> bool:
+        """Whether there is room for a connection. Where all are taken, who has been silent or unknown for longest makes
+        room, so that strangers who hold all of them keep nobody out."""
+        is_full = len(self._connections) - len(self._turned_away) >= self.limits.max_connections
+        if is_full and self._unrecognised:
+            oldest, _ = self._unrecognised.popitem(last=False)
+            self.closed(oldest)
+            oldest.cut()
+            is_full = False
         self._connections.add(connection)
-        return len(self._connections) <= self.limits.max_connections
+        if is_full:
+            self._turned_away.add(connection)
+        else:
+            self._unrecognised[connection] = None
+        return not is_full
+
+    def recognised(self, connection: HttpConnection) -> None:
+        """Somebody who may ask has asked on a connection: it is not cut to make room any more."""
+        self._unrecognised.pop(connection, None)
 
     def closed(self, connection: HttpConnection) -> None:
         self._connections.discard(connection)
+        self._turned_away.discard(connection)
+        self._unrecognised.pop(connection, None)
 
     def path_of(self, url: bytes) -> str:
         """The path of a request target; the few that are served are parsed once."""
