@@ -143,3 +143,9 @@ async def test_without_keys_nothing_is_asked_for_and_the_body_stays_as_it_is() -
 
 def test_a_ring_of_no_keys_lets_nobody_in() -> None:
     assert KeyRing(KeyFile()).find(b"") is None
+
+
+def test_where_the_arguments_of_a_granted_body_end_is_known() -> None:
+    call = call_of(ALICE, vllm_xargs={"mine": [1]}, unknown=2)
+    assert json.loads(call.body[: call.num_arguments_bytes] + b"}") == {"vllm_xargs": {"mine": [1], "tenant": "alice"}}
+    assert json.loads(call.body) == {**GOOD, "unknown": 2, "vllm_xargs": {"mine": [1], "tenant": "alice"}}

@@ -57,6 +57,19 @@ async def test_bodies_of_every_size_arrive_whole_one_after_the_other() -> None:
 
 
 @pytest.mark.asyncio
+async def test_what_is_put_before_a_body_goes_with_it() -> None:
+    engine = Engine()
+    client, server = await client_of(engine)
+    for num in (3, 2_000_000):
+        heard = http_client._Collected(100)
+        client.send("POST", "/", [], memoryview(b"-" + b"x" * num)[1:], heard, lead=b"first")
+        assert await asyncio.wait_for(heard.done, 20) == 200
+    assert engine.bodies == [b"first" + b"x" * 3, b"first" + b"x" * 2_000_000]
+    client.close()
+    server.close()
+
+
+@pytest.mark.asyncio
 async def test_a_connection_on_which_a_body_was_not_sent_to_its_end_is_not_used_again() -> None:
     """An engine may answer early, with 413 for one; what it is sent next must not pass for the rest."""
     engine = Engine(answers_early=True)

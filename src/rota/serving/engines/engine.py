@@ -26,6 +26,8 @@ class EngineCall(msgspec.Struct, frozen=True, gc=False):
     stream: bool
     has_arguments: bool = True
     """False where the body is known to have no `vllm_xargs`."""
+    num_arguments_bytes: int = 0
+    """Up to the end of `vllm_xargs`, where the body begins with them; else 0."""
     waited: Duration = Duration(0)
     """From its arrival until it was sent on, where that is worth telling an engine; else 0."""
 

@@ -52,13 +52,24 @@ class HttpClient:
         self._idle: list[_Connection] = []
         self._open: set[_Connection] = set()
 
-    def send(self, method: str, path: str, headers: Headers, body: bytes, sink: ResponseSink) -> "Call":
-        """Send one request; returns the handle to cancel it with. The sink is never called from in here."""
+    def send(
+        self,
+        method: str,
+        path: str,
+        headers: Headers,
+        body: bytes | memoryview,
+        sink: ResponseSink,
+        *,
+        lead: bytes = b"",
+    ) -> "Call":
+        """Send one request, `lead` being the beginning of its body; returns the handle to cancel it with. The sink is
+        never called from in here."""
         head = [b"%b %b%b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), self._prefix, path.encode(), self._host_header)]
         head.extend([b"%b: %b\r\n" % header for header in headers])
         if body or method == "POST":
-            head.append(b"content-length: %d\r\n" % len(body))
+            head.append(b"content-length: %d\r\n" % (len(lead) + len(body)))
         head.append(b"\r\n")
+        head.append(lead)
         call = Call(self, b"".join(head), body, sink)
         while self._idle:
             connection = self._idle.pop()
@@ -123,10 +134,10 @@ class Call:
 
     __slots__ = ("_body", "_client", "_connection", "_dialling", "_head", "is_over", "is_reused", "sink")
 
-    def __init__(self, client: HttpClient, head: bytes, body: bytes, sink: ResponseSink) -> None:
+    def __init__(self, client: HttpClient, head: bytes, body: bytes | memoryview, sink: ResponseSink) -> None:
         self._client = client
         self._head = head
-        self._body = body
+        self._body: bytes | memoryview = body
         self.sink = sink
         self._connection: _Connection | None = None
         self._dialling: asyncio.Task[None] | None = None
@@ -166,7 +177,7 @@ class Call:
 
     # --- from the connection -----------------------------------------------------------------------------------------
 
-    def begun(self, connection: "_Connection") -> tuple[bytes, bytes]:
+    def begun(self, connection: "_Connection") -> tuple[bytes, bytes | memoryview]:
         """Head and body, for the connection to send."""
         self._connection = connection
         return self._head, self._body

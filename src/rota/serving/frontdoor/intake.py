@@ -97,6 +97,7 @@ class Intake:
             body=reading.body,
             stream=reading.stream,
             has_arguments=reading.has_arguments,
+            num_arguments_bytes=reading.num_arguments_bytes,
         )
 
     def _request_id(self, identity: Identity) -> RequestId:

@@ -32,6 +32,8 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
     stream: bool
     has_arguments: bool
     """False where the body is known to have no `vllm_xargs`."""
+    num_arguments_bytes: int
+    """Up to the end of `vllm_xargs`, where the body begins with them; else 0."""
     body: bytes
     """As the engine is sent it."""
 
@@ -52,7 +54,7 @@ class BodyReader(msgspec.Struct, frozen=True):
         bodies.check_encoding(raw)
         holder, identity = self.holder, self.identity
         body: bodies.Body
-        movable = False
+        movable, num_arguments_bytes = False, 0
         counts: tuple[int, ...] = ()
         if self.path == CHAT:
             body, messages = bodies.read_chat(raw)
@@ -79,7 +81,7 @@ class BodyReader(msgspec.Struct, frozen=True):
         if holder is not None:
             check_class(holder, identity, priority)
             salt = granted_salt(holder, salt)
-            raw = granted_body(raw, holder, salt)
+            raw, num_arguments_bytes = granted_body(raw, holder, salt)
             # Two tenants may use one name for different things.
             session = None if session is None else f"{holder.tenant}/{session}"
             program = None if program is None else ProgramId(f"{holder.tenant}/{program}")
@@ -98,6 +100,7 @@ class BodyReader(msgspec.Struct, frozen=True):
             text_counts=counts,
             stream=bool(body.stream),
             has_arguments=holder is not None or body.vllm_xargs is not msgspec.UNSET,
+            num_arguments_bytes=num_arguments_bytes,
             body=raw,
         )
 

@@ -20,6 +20,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _ASKED_FOR = b'"return_token_ids"'
 _ASK = b'{"return_token_ids":true,'
+_ASK_TOO = b',"return_token_ids":true'
 
 
 class Resumption:
@@ -100,6 +101,9 @@ class Resumption:
         """The client's request, with token ids asked for."""
         if self.wants_token_ids:
             return self._call
+        body, end = memoryview(self._call.body), self._call.num_arguments_bytes
+        if end:  # They stay first.
+            return msgspec.structs.replace(self._call, body=b"".join((body[:end], _ASK_TOO, body[end:])))
         return msgspec.structs.replace(self._call, body=self._call.body.replace(b"{", _ASK, 1))
 
     def prompt(self) -> list[int]:
@@ -131,7 +135,7 @@ class Resumption:
             body[limit] = int(body[limit]) - num_tokens
         if body.get("min_tokens"):
             body["min_tokens"] = max(0, int(body["min_tokens"]) - num_tokens)
-        return msgspec.structs.replace(self._call, body=msgspec.json.encode(body))
+        return msgspec.structs.replace(self._call, body=msgspec.json.encode(body), num_arguments_bytes=0)
 
     def owes_usage(self) -> bool:
         """Whether the client asked for an event with the usage, and has not got it."""

@@ -20,6 +20,12 @@ _XARGS = "vllm_xargs"
 _MOST_MS = 86_400_000.0
 """A day, as for the headers."""
 
+
+class _First(msgspec.Struct):
+    vllm_xargs: dict[str, msgspec.Raw]
+
+
+_first = msgspec.json.Decoder(_First).decode
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _extra = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
 
@@ -34,9 +40,10 @@ class Arguments(msgspec.Struct, frozen=True):
     text_counts: tuple[int, ...] = ()
 
 
-def with_arguments(call: EngineCall) -> bytes:
+def with_arguments(call: EngineCall) -> tuple[bytes, bytes | memoryview]:
     """The body of a call with what is known of its request in the free arguments; the body itself if there is nothing
-    to say. What the client wrote there stays, unless it has the same name."""
+    to say. What the client wrote there stays, unless it has the same name. In two parts, the second being of the body
+    as it is where that can be: a large one is not copied."""
     request = call.request
     told: dict[str, str | float | tuple[int, ...]] = {}
     if request.tenant != DEFAULT_TENANT:
@@ -47,12 +54,17 @@ def with_arguments(call: EngineCall) -> bytes:
     if request.text_counts:
         told[_COUNTS] = request.text_counts
     if not told:
-        return call.body
+        return b"", call.body
     if not call.has_arguments:
-        return call.body.replace(b"{", b'{"vllm_xargs":%b,' % msgspec.json.encode(told), 1)
+        begin = call.body.index(b"{") + 1
+        return b'{"vllm_xargs":%b,' % msgspec.json.encode(told), memoryview(call.body)[begin:]
+    if call.num_arguments_bytes:
+        own = _first(call.body[: call.num_arguments_bytes] + b"}").vllm_xargs
+        merged = msgspec.json.encode({_XARGS: {**own, **told}})
+        return merged[:-1], memoryview(call.body)[call.num_arguments_bytes :]
     fields = _fields(call.body)
     extra: dict[str, Any] = (_extra(fields[_XARGS]) if _XARGS in fields else None) or {}
-    return msgspec.json.encode({**fields, _XARGS: {**extra, **told}})
+    return b"", msgspec.json.encode({**fields, _XARGS: {**extra, **told}})
 
 
 def read_arguments(extra: Mapping[str, Any] | None) -> Arguments:
