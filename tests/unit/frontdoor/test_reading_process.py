@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +199,24 @@ def test_a_body_that_takes_more_memory_than_one_may_ends_the_child_alone() -> No
     assert enough.read(READER, [worst]).num_prompt_tokens == 4
     little.end()
     enough.end()
+
+
+UNDER_A_LIMIT = """
+import resource
+from tests.unit.frontdoor.test_reading_process import GOOD, READER, ReadingProcess
+resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+process = ReadingProcess(2**30)
+print(process.read(READER, [GOOD]).num_prompt_tokens)
+process.end()
+"""
+
+
+def test_a_router_that_is_allowed_less_memory_has_a_process_all_the_same() -> None:
+    root = Path(__file__).resolve().parents[3]
+    ran = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT], cwd=root, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ran.stdout, ran.stderr) == ("5\n", "")
 
 
 ANSWERS = {

@@ -151,12 +151,17 @@ def _answer_to(facts: bytes, raw: bytes) -> tuple[bytes, list[bytes]]:
     return _encode(_Read(msgspec.structs.replace(reading, body=b""))), [reading.body]
 
 
+def _bound_memory(num_bytes: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY or most > num_bytes:  # Whoever started the router may have set less.
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, most))
+
+
 def main() -> None:
     """Answer questions on standard input, a socket, until its end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Whoever stops the router's whole group stops the router first.
-    memory_bytes = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    _bound_memory(int(sys.argv[1]))
     os.nice(_NICENESS)
     # A body of a million lists would be gone through again and again while it is read.
     gc.freeze()
