@@ -32,6 +32,9 @@ BACKLOG = {"ada": (30, 12, 0), "ben": (10, 24, 0), "eve": (8, 12, EVE_COMES_BEFO
 """Of each tenant: how many requests, tokens of each answer, the step before which they come."""
 AGEING_SECONDS = 1.0
 LOW = "low"
+MAX_NUM_SEQS = 6
+NUM_CROWDING = 3 * MAX_NUM_SEQS
+"""Though all who run may end in one step, there are as many who wait, and more."""
 
 
 def main(spec: dict[str, object], out: str) -> None:
@@ -83,7 +86,7 @@ def _engine(kind: Callable[..., object], spec: dict[str, object], plugin: object
         enforce_eager=True,
         block_size=BLOCK_SIZE,
         max_model_len=256,
-        max_num_seqs=6,
+        max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=128,
         # Six sequences share the preamble's block and outgrow the rest: memory runs out while they decode.
         num_gpu_blocks_override=10,
@@ -151,7 +154,7 @@ def _crowded_out(llm: object) -> dict[str, object]:
     def later() -> list[str]:
         return [name for name, at in came_at.items() if at > came_at[LOW] + AGEING_SECONDS]
 
-    for n in range(10):
+    for n in range(NUM_CROWDING):
         add(f"high {n}", 0)
     first_seen: set[str] = set()
     num_steps = 0
@@ -164,7 +167,7 @@ def _crowded_out(llm: object) -> dict[str, object]:
         first_seen.update(first)
         served.append(first)
         if LOW not in came_at or len(first_seen.intersection(later())) < 10:
-            for _ in range(10 - engine.get_num_unfinished_requests()):
+            for _ in range(NUM_CROWDING - engine.get_num_unfinished_requests()):
                 add(f"high {len(came_at)}", 0)
     return {"later": later(), "served": served}
 
