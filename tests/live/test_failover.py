@@ -93,13 +93,14 @@ async def pair(folder: Path, *, migration: MigrationPolicy | None = None) -> Asy
             max_model_len=512,
             max_num_seqs=8,
             max_num_batched_tokens=512,
-            cores=str(index % (os.cpu_count() or 1)),
+            # Bound to cores, an engine that starts was seen to wait for minutes behind one that computes on the same.
+            cores="nobind",
         )
         process = ProcessSpec(
             name=f"vllm-{index}",
             command=tuple(server.command()),
             log_path=str(folder / f"vllm-{index}.log"),
-            env={**server.environment()},
+            env={**server.environment(), "OMP_NUM_THREADS": "1"},
         )
         proxies.append(proxy := GarblingProxy(server.port))
         engines.append(ProxiedEngine(InstanceId(f"vllm-{index}"), await proxy.start(), process, proxy))

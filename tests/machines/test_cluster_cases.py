@@ -151,6 +151,30 @@ def test_a_failure_before_the_first_token_is_retried_elsewhere_with_its_reason()
     assert fail == Fail(R, "all 3 attempts failed (a: connection reset; b: timed out; a: connection refused)")
 
 
+class Stubborn:
+    """Always picks the same instance, if it may."""
+
+    requires: frozenset = frozenset()
+    wanted = A
+
+    def pick(self, request, cluster):
+        offered = [view.id for view in cluster.instances]
+        return Pick(self.wanted if self.wanted in offered else offered[0], "always")
+
+
+@pytest.mark.parametrize("instances", [(A,), (A, B), (A, B, InstanceId("c"))])
+def test_where_all_have_failed_it_a_retry_is_not_for_the_one_that_did_last(instances):
+    """That may be dead, have nothing left to do, look like the best, and burn every attempt within a millisecond."""
+    stubborn = Stubborn()
+    cluster = Cluster(*instances, dispatch=stubborn, max_attempts=9)
+    (sent,) = cluster.feed(arrived())
+    for _ in range(7):
+        stubborn.wanted = sent.instance_id
+        (retry,) = cluster.feed(RequestFailed(R, sent.instance_id, "broke off"))
+        assert (retry.instance_id != sent.instance_id) == (len(instances) > 1)
+        sent = retry
+
+
 @pytest.mark.parametrize(
     ("before", "retryable", "reason"),
     [

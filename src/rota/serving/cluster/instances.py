@@ -136,7 +136,8 @@ class InstanceBook:
         self._max_prompt_everywhere = min((ledger.max_prompt_tokens for ledger in self.ready), default=0)
 
     def candidates(self, tracked: TrackedRequest, max_resuming: int) -> Sequence[InstanceView]:
-        """Ready instances that can take the request, without those that failed it while there are others; by id.
+        """Ready instances that can take the request, by id: without those that failed it while there are others, and
+        where all of them did without the one that did last, which may be dead and not known to be.
 
         One that goes on after some tokens fits where all of its tokens do, the engine can do that, and fewer than
         `max_resuming` like it are waited for."""
@@ -150,9 +151,12 @@ class InstanceBook:
         if tracked.num_resumptions:
             able = [each for each in fitting if Capability.RESUME_FROM_TOKENS in each.spec.capabilities]
             fitting = [ledger for ledger in able if ledger.num_resuming < max_resuming]
-        failed = {instance_id for instance_id, _ in tracked.failures}
         views = [ledger.view for ledger in fitting]
-        return [view for view in views if view.id not in failed] or views if failed else _among(views, tracked.only)
+        if not tracked.failures:
+            return _among(views, tracked.only)
+        failed = [instance_id for instance_id, _ in tracked.failures]
+        untried = [view for view in views if view.id not in failed]
+        return untried or [view for view in views if view.id != failed[-1]] or views
 
     @property
     def has_place(self) -> bool:

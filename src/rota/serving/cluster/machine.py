@@ -86,7 +86,8 @@ class ClusterMachine:
       `retry_after`. Requests that come back from a failed attempt were accepted already, so they are held beyond that
       bound. See `rota.serving.cluster.queue`.
     * **Failure.** Before the first token a retryable failure is dispatched again, up to `max_attempts` in all, away
-      from the instances that failed this request unless no other can take it. After the first token it ends in `Fail`,
+      from the instances that failed this request unless no other can take it, and from the one that failed it last
+      unless no other is left. After the first token it ends in `Fail`,
       unless the host says from which token on it can be resumed: then it goes on at an engine that can do that, up to
       `max_resumptions` times. So that those who come back do not melt the rest, an instance is given no more than
       `max_resuming_per_instance` of them whose next token was not seen; the others are held, ahead of their class.
