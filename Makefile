@@ -31,9 +31,9 @@ check: $(INSTALLED) ## Lint, types, import contracts and the fast tests; under f
 	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal -m "not live and not slow"
 
 test: check ## Everything CI runs: `check`, then the slow and the live tests
-	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal -m slow --ignore tests/live
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal -m slow --durations=8 --ignore tests/live
 	@# One at a time: real engines want the cores to themselves.
-	$(BIN)/pytest -q -m "live or slow" tests/live
+	$(BIN)/pytest -q -m "live or slow" --durations=8 tests/live
 
 truth: $(INSTALLED) ## What the simulator says beside what is true, with errors and bounds; fails where a bound is missed
 	$(BIN)/python -m benchmarks.truth $(TRUTH)
