@@ -249,7 +249,7 @@ def _run(
             fleet=fleet,
             roles=roles,
             num_ready=len(engines) if wait_for_all else 1,
-            on_ready=lambda router: _announce(router, json),
+            on_ready=lambda router: _ready(router, json),
         )
 
     try:
@@ -281,7 +281,8 @@ def _refuse_what_vllm_cannot_host(stack: "StackConfig") -> None:
     check_hostable(policies.order, policies.batch, policies.memory)
 
 
-def _announce(router: "Router", json: bool) -> None:
+def _ready(router: "Router", json: bool) -> None:
+    """It serves from now on."""
     # Whatever was imported and built stays. Else each full collection of garbage looks through it, amid the answers.
     gc.collect()
     gc.freeze()

@@ -3,8 +3,15 @@
 from collections import OrderedDict
 from collections.abc import Hashable
 
+from rota.serving.cluster.prefix_index import PrefixIndex
+from rota.serving.cluster.prefix_runs import leading
 from rota.serving.model.instance import InstanceId
 from rota.serving.model.request import Request
+
+
+def match(index: PrefixIndex, request: Request) -> dict[InstanceId, int]:
+    """How many of a request's hashes, from the first on, each instance is thought to hold that holds any."""
+    return {runs.instance_id: num_held for runs, num_held in leading(index._by_first, request.block_hashes).items()}
 
 
 class PlainPrefixIndex:

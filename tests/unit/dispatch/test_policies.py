@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from tests.unit.dispatch.plain_prefix_index import match
 
 from rota.base.errors import ConfigError, LawBroken
 from rota.base.instant import Instant
@@ -210,7 +211,7 @@ def hit_rate(policy, num_families=12, num_instances=4, num_requests=600):
         family = stream.integers(0, num_families)
         blocks = [*((family, block) for block in range(20)), *((family, number, block) for block in range(4))]
         arrived = request(number, 24 * 16, blocks)
-        known = index.match(arrived)
+        known = match(index, arrived)
         (command,) = machine.handle(RequestArrived(arrived), NOW)
         assert isinstance(command, Dispatch)
         num_hits += known.get(command.instance_id, 0)

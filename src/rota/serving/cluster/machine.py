@@ -87,10 +87,10 @@ class ClusterMachine:
       bound. See `rota.serving.cluster.queue`.
     * **Failure.** Before the first token a retryable failure is dispatched again, up to `max_attempts` in all, away
       from the instances that failed this request unless no other can take it, and from the one that failed it last
-      unless no other is left. After the first token it ends in `Fail`,
-      unless the host says from which token on it can be resumed: then it goes on at an engine that can do that, up to
-      `max_resumptions` times. So that those who come back do not melt the rest, an instance is given no more than
-      `max_resuming_per_instance` of them whose next token was not seen; the others are held, ahead of their class.
+      unless no other is left. After the first token it ends in `Fail`, unless the host says from which token on it can
+      be resumed: then it goes on at an engine that can do that, up to `max_resumptions` times. So that those who come
+      back do not melt the rest, an instance is given no more than `max_resuming_per_instance` of them whose next token
+      was not seen; the others are held, ahead of their class.
     * **Migration.** While work is unfinished and two instances are there, the migration policy is asked every
       `interval_seconds`, and each of its moves that still can be is begun. It stops to be asked when for `patience` no
       request arrived, was heard of or ended: what stands still is not brought on by looking at it.

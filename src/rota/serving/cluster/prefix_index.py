@@ -7,8 +7,6 @@ slices of prompts (`rota.serving.cluster.prefix_runs`), so that a prompt of 2,00
 one.
 """
 
-from collections.abc import Mapping
-
 from rota.base.errors import LawBroken
 from rota.serving.cluster.prefix_runs import PrefixRuns, RunsByFirst, leading
 from rota.serving.model.instance import InstanceId
@@ -49,15 +47,10 @@ class PrefixIndex:
             runs.evict(runs.num_blocks)
         self._matched = None
 
-    def match(self, request: Request) -> Mapping[InstanceId, int]:
-        """How many of the request's hashes, from the first on, each instance is thought to hold; instances with none
-        are left out. O(instances × log blocks) where prompts part at few places."""
-        held = leading(self._by_first, request.block_hashes)
-        return {runs.instance_id: num_held for runs, num_held in held.items()}
-
     def num_tokens(self, request: Request, instance_id: InstanceId) -> int:
-        """Leading tokens of the prompt that an instance is thought to hold. Looked up once for all instances, and kept
-        until another request is asked about, or something is recorded or forgotten."""
+        """Leading tokens of the prompt that an instance is thought to hold. Looked up once for all instances,
+        O(instances × log blocks) where prompts part at few places, and kept until another request is asked about, or
+        something is recorded or forgotten."""
         if request is not self._matched:
             self._find(request)
         return self._num_tokens.get(instance_id, 0)

@@ -131,9 +131,11 @@ class OpenAIEngine:
         request_id = call.request.id
         # The dictionary must know the call before its end can be reported.
         passing = _Passing(self._calls, request_id, sink)
-        headers = call.headers
-        lead, body = with_arguments(call) if self._is_vllm else (b"", call.body)
-        if not self._is_vllm:
+        lead, headers = b"", call.headers
+        body: bytes | memoryview = call.body
+        if self._is_vllm:
+            lead, body = with_arguments(call)
+        else:
             # Some servers refuse a request whose id is no UUID (llama-cpp-python answers an empty 400). vLLM takes any.
             headers = [header for header in headers if header[0] != b"x-request-id"]
         self._calls[request_id] = self.client.send("POST", call.path, headers, body, passing, lead=lead)
